@@ -8,7 +8,8 @@ from setuptools import setup
 FOLDERS = {
     "megatron_hybrid": "megatron_hybrid",
     "megatron_hybrid.modules": "megatron_hybrid/modules",
-    "megatron_hybrid.parallel": "megatron_hybrid/parallel",
+    "megatron_hybrid.checkpoint": "megatron_hybrid/checkpoint",
+    "megatron_hybrid.data": "megatron_hybrid/data",
     "megatron_hybrid.training": "megatron_hybrid/training",
     "megatron_hybrid.kernels": "kernels",
     "megatron_hybrid.layer_specs": "layer_specs",

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo
 
 _CPU = torch.device("cpu")
 
@@ -57,7 +58,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 class _TorchOnCpu(types.ModuleType):
     """What the name `torch` means inside the Megatron modules that spell device='cuda'."""
 
-    FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like")
+    FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like", "rand")
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -141,6 +142,7 @@ MODULES_NAMING_CUDA = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.optimizer.optimizer",
     "megatron.core.optimizer.clip_grads",
+    "megatron.core.rerun_state_machine",
     "megatron.core.utils",
     "megatron.core.models.common.embeddings.rope_utils",
     "megatron.core.transformer.utils",
@@ -148,6 +150,7 @@ MODULES_NAMING_CUDA = (
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.training.utils.common_utils",
     "megatron.training.training",
+    "megatron.training.initialize",
 )
 
 
@@ -252,5 +255,7 @@ def enable() -> bool:
             ) from None
     for replacement, owner, attribute in owners:
         setattr(owner, attribute, replacement.make(getattr(owner, attribute)))
+    # Compiling Megatron's small fused functions for the CPU costs 50 s at the first step and saves nothing.
+    torch._dynamo.config.disable = True
     _enabled = True
     return True

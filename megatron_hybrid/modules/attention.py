@@ -1,0 +1,168 @@
+"""Attention of the OLMo-Hybrid family: QK-norm before RoPE, RoPE in fp32, causal or sliding window.
+
+Letters: s sequence, b batch, t tokens of a packed batch, h heads of this rank, d head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import is_layer_window_attention
+
+from megatron_hybrid.modules.norms import QKNorm, QKNormWidth
+
+
+class OlmoAttention(SelfAttention):
+    """Megatron's self-attention with OLMo's QK-norm, and RoPE applied in fp32 (Hugging Face and OLMo-core do so).
+
+    Differences from the parent: the q/k norm is `QKNorm`; without fused RoPE kernels q and k go through RoPE in
+    fp32 (the parent rounds cos and sin to the activation dtype); training only, no inference context.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        qk_norm: QKNormWidth = "full",
+        **kwargs: Any,
+    ) -> None:
+        if config.qk_layernorm or config.qk_l2_norm:
+            raise ValueError(
+                "--qk-layernorm / --qk-l2-norm: the OLMo-Hybrid spec brings its own q/k norm; "
+                "leave the flag out and choose with --qk-norm-width full|head|none"
+            )
+        super().__init__(config, submodules, layer_number, attn_mask_type=attn_mask_type, **kwargs)
+        self.qk_norm: QKNorm | None = None
+        if qk_norm != "none":
+            self.qk_norm = QKNorm(
+                config,
+                qk_norm,
+                self.num_attention_heads_per_partition,
+                self.num_query_groups_per_partition,
+                self.hidden_size_per_attention_head,
+                self.pg_collection.tp,
+            )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        key_value_states: torch.Tensor | None = None,
+        inference_context: Any = None,
+        rotary_pos_emb: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [s, b, D] → ([s, b, D], None). rotary_pos_emb: fp32 angles [s, 1, 1, d] or None (NoPE)."""
+        if inference_context is not None:
+            raise NotImplementedError("OlmoAttention has no inference context: export the model to Hugging Face")
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        if self.qk_norm is not None:
+            query, key = self.qk_norm(query, key)
+        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        if packed:
+            query, key, value = (x.squeeze(1) for x in (query, key, value))
+        if rotary_pos_emb is not None:
+            query, key = (self._rotate(x, rotary_pos_emb, packed_seq_params) for x in (query, key))
+        run = self._checkpointed_attention_forward if self._recompute_core() else self._run_core
+        output = run(
+            query, key, value, attention_mask, attn_mask_type=self.attn_mask_type, packed_seq_params=packed_seq_params
+        )
+        if packed:
+            output = output.reshape(output.size(0), 1, -1)
+        return self.linear_proj(output)
+
+    def _recompute_core(self) -> bool:
+        return self.checkpoint_core_attention and self.training
+
+    def _run_core(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.core_attention(*args, **kwargs)
+
+    def _rotate(
+        self, x: torch.Tensor, angles: torch.Tensor, packed_seq_params: PackedSeqParams | None
+    ) -> torch.Tensor:
+        cu_seqlens = None
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            cu_seqlens = packed_seq_params.cu_seqlens_q_padded
+            cu_seqlens = packed_seq_params.cu_seqlens_q if cu_seqlens is None else cu_seqlens
+        # The fused kernel computes in fp32 inside; the unfused path in its argument's dtype.
+        argument = x if self.config.apply_rope_fusion else x.float()
+        rotated = apply_rotary_pos_emb(
+            argument, angles, config=self.config, cu_seqlens=cu_seqlens, cp_group=self.pg_collection.cp
+        )
+        return rotated.to(x.dtype)
+
+
+class SdpaAttention(torch.nn.Module):
+    """Causal core attention by PyTorch's scaled_dot_product_attention: CPU, or a GPU without Transformer Engine.
+
+    Sliding windows follow `config.window_size` = (left, 0): a query sees itself and `left` tokens before it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if attn_mask_type != AttnMaskType.causal:
+            raise ValueError(f"SdpaAttention is causal, got attn_mask_type={attn_mask_type}")
+        if config.context_parallel_size > 1:
+            raise ValueError(
+                f"--context-parallel-size {config.context_parallel_size}: attention without Transformer Engine "
+                "runs with 1"
+            )
+        if config.attention_dropout:
+            raise ValueError(f"--attention-dropout {config.attention_dropout}: OLMo-Hybrid has none, use 0")
+        self.scale = softmax_scale
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.left: int | None = config.window_size[0] if windowed else None
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """query [s, b, h, d] → [s, b, h·d]; packed: [t, h, d] → [t, h·d], documents do not see each other."""
+        if packed_seq_params is None:
+            return self._causal(query, key, value)
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        documents = [
+            self._causal(*(x[start:end, None] for x in (query, key, value))).squeeze(1)
+            for start, end in zip(bounds, bounds[1:], strict=False)
+            if end > start
+        ]
+        return torch.cat(documents)
+
+    def _causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        s, b = query.shape[:2]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask = None
+        if self.left is not None and s > self.left + 1:
+            distance = torch.arange(s, device=q.device)[:, None] - torch.arange(s, device=q.device)
+            mask = (distance >= 0) & (distance <= self.left)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )
+        return out.permute(2, 0, 1, 3).reshape(s, b, -1)

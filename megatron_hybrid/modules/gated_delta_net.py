@@ -1,0 +1,247 @@
+"""Gated DeltaNet mixer of OLMo-Hybrid, tensor- and sequence-parallel.
+
+Letters: s sequence, b batch, D hidden, H value heads, Hk key heads, K key dim, V value dim (H, Hk: of this rank).
+
+Differences from Megatron-Core 0.19's `GatedDeltaNet`, each of which makes another model if missed: beta in (0, 2);
+A_log and dt_bias kept in fp32; output norm eps of its own; its gradient summed over tensor-parallel ranks with and
+without sequence parallelism; OLMo's initialisation; the projection split in two, so that the wide one can run in FP8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.utils import _split_tensor_factory
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import nn
+
+from megatron_hybrid.kernels import reference
+from megatron_hybrid.modules.init import TruncatedNormal, init_sharded_, sample_a_log, sample_dt_bias
+from megatron_hybrid.modules.norms import HeadNorm, shared_by_heads
+
+
+@dataclass
+class GatedDeltaNetSubmodules:
+    """The three linears: q|k|v|z (wide, FP8-able), a|b (kept in the parameter dtype), output."""
+
+    in_proj: ModuleSpec | type
+    ab_proj: ModuleSpec | type
+    out_proj: ModuleSpec | type
+
+
+class ShortConv(nn.Module):
+    """Holds the depthwise weight [Hk·K + Hk·K + H·V, 1, W] of the three bias-free convolutions, q then k then v."""
+
+    def __init__(
+        self, sections: tuple[int, ...], width: int, config: TransformerConfig, tp: torch.distributed.ProcessGroup
+    ) -> None:
+        """sections: sizes over all tensor-parallel ranks."""
+        super().__init__()
+        self.tp_group = tp
+        self.weight = nn.Parameter(torch.empty(sum(sections) // tp.size(), 1, width, dtype=config.params_dtype))
+        init_sharded_(self.weight, sections, TruncatedNormal(config.init_method_std), config, tp)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class GatedDeltaNet(MegatronModule):
+    """Projections, short convolutions, gated delta rule, gated norm, output projection.
+
+    Takes the place of `self_attention` in a Megatron TransformerLayer.
+
+    Under tensor parallelism each rank holds H/TP heads. Under sequence parallelism both input projections gather the
+    sequence; the a|b one costs a second gather of [s, b, D].
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: GatedDeltaNetSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        allow_neg_eigval: bool = True,
+        output_gate: bool = True,
+        norm_eps: float = 1e-5,
+        name: str | None = None,
+        cp_comm_type: str | None = None,
+    ) -> None:
+        """
+        Args:
+            layer_number: global, from 1.
+            allow_neg_eigval: beta in (0, 2) instead of (0, 1).
+            output_gate: multiply the normalised output by silu(z).
+            norm_eps: of the output norm. Every other norm uses config.layernorm_epsilon.
+            cp_comm_type: Megatron passes it to every mixer; unused.
+
+        Raises:
+            ValueError: heads that tensor parallelism does not divide, or context parallelism.
+        """
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.pg_collection = pg_collection
+        self.tp_group = pg_collection.tp
+        tp = self.tp_group.size()
+        self.allow_neg_eigval = allow_neg_eigval
+        self.output_gate = output_gate
+        if config.linear_num_value_heads % tp or config.linear_num_key_heads % tp:
+            raise ValueError(
+                f"--tensor-model-parallel-size {tp} does not divide the Gated DeltaNet heads "
+                f"(--linear-num-key-heads {config.linear_num_key_heads}, "
+                f"--linear-num-value-heads {config.linear_num_value_heads})"
+            )
+        if config.context_parallel_size > 1:
+            raise ValueError(f"--context-parallel-size {config.context_parallel_size}: Gated DeltaNet runs with 1")
+        self.key_heads = config.linear_num_key_heads // tp
+        self.value_heads = config.linear_num_value_heads // tp
+        self.key_dim = config.linear_key_head_dim
+        self.value_dim = config.linear_value_head_dim
+        q_size = config.linear_num_key_heads * self.key_dim
+        v_size = config.linear_num_value_heads * self.value_dim
+        self.conv_sections = (q_size, q_size, v_size)
+        self.in_sections = (*self.conv_sections, v_size) if output_gate else self.conv_sections
+
+        self.in_proj = self._input_linear(submodules.in_proj, sum(self.in_sections), name, "in_proj")
+        self.ab_proj = self._input_linear(submodules.ab_proj, 2 * config.linear_num_value_heads, name, "ab_proj")
+        self.conv1d = ShortConv(self.conv_sections, config.linear_conv_kernel_dim, config, self.tp_group)
+        self.A_log = self._per_head_fp32(sample_a_log)
+        self.dt_bias = self._per_head_fp32(sample_dt_bias)
+        self.out_norm = HeadNorm(config, self.value_dim, norm_eps)
+        self.out_proj = build_module(
+            submodules.out_proj,
+            v_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=self.tp_group,
+            name=f"{name}.out_proj" if name else None,
+        )
+
+    def _input_linear(self, spec: ModuleSpec | type, size: int, name: str | None, suffix: str) -> nn.Module:
+        return build_module(
+            spec,
+            self.config.hidden_size,
+            size,
+            config=self.config,
+            init_method=self.config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=self.tp_group,
+            name=f"{name}.{suffix}" if name else None,
+        )
+
+    def _per_head_fp32(self, sample: Callable[[torch.Tensor], None]) -> nn.Parameter:
+        param = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32))
+        init_sharded_(param, (self.config.linear_num_value_heads,), sample, self.config, self.tp_group)
+        return param
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GatedDeltaNet:
+        """Keep A_log and dt_bias in fp32 when Megatron casts the model to bf16: exp(A_log) needs the bits."""
+        fp32 = {id(self.A_log), id(self.dt_bias)}
+
+        def keeping_fp32(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if id(tensor) in fp32 and result.dtype != tensor.dtype else result
+
+        return super()._apply(keeping_fp32, recurse)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **unused: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states [s, b, D] (s/TP under sequence parallelism) → ([s, b, D], None).
+
+        Packed documents (THD): b = 1, `packed_seq_params.cu_seqlens_q` [documents + 1] holds their bounds; conv and
+        state start afresh at each.
+        """
+        if inference_context is not None:
+            raise NotImplementedError("GatedDeltaNet has no inference context: export the model to Hugging Face")
+        cu_seqlens = packed_seq_params.cu_seqlens_q if packed_seq_params is not None else None
+        tp = self.tp_group.size()
+        projected = self.in_proj(hidden_states)[0].transpose(0, 1)  # [b, s, (2·Hk·K + 2·H·V)]
+        a, b = self.ab_proj(hidden_states)[0].transpose(0, 1).chunk(2, dim=-1)  # [b, s, H] each
+        conv_width = sum(self.conv_sections) // tp
+        qkv = reference.causal_conv_silu(projected[..., :conv_width], self.conv1d.weight, cu_seqlens=cu_seqlens)
+        q, k, v = qkv.split([size // tp for size in self.conv_sections], dim=-1)
+        q, k = (reference.l2norm(x.unflatten(-1, (self.key_heads, self.key_dim))) for x in (q, k))
+        v = v.unflatten(-1, (self.value_heads, self.value_dim))
+        g_fp32, beta = reference.gates(a, b, self.A_log, self.dt_bias, allow_neg_eigval=self.allow_neg_eigval)
+        o, _ = reference.gated_delta_rule_chunked(q, k, v, g_fp32, beta, cu_seqlens=cu_seqlens)  # [b, s, H, V]
+        y = self._gated_norm(o, projected[..., conv_width:])
+        return self.out_proj(y.flatten(-2).transpose(0, 1).contiguous())[0], None
+
+    def _gated_norm(self, o: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        weight = shared_by_heads(self.out_norm.weight, self.tp_group)
+        if not self.output_gate:
+            return nn.functional.rms_norm(o.float(), (self.value_dim,), weight.float(), self.out_norm.eps).to(o.dtype)
+        return reference.gated_rms_norm(o, z.unflatten(-1, o.shape[-2:]), weight, self.out_norm.eps)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Every projection is stored as its parts (query, key, value, z; alpha, beta), so that TP can change."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        per_head = {"A_log": self.A_log, "dt_bias": self.dt_bias}
+        state = make_sharded_tensors_for_checkpoint(
+            per_head,
+            prefix,
+            dict.fromkeys(per_head, 0),
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name, module in self.named_children():
+            state.update(
+                sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata, self.tp_group)
+            )
+        heads = self.config.linear_num_value_heads
+        parts = ("query", "key", "value", "z")
+        for key, sections, names in (
+            ("in_proj", self.in_sections, parts[: len(self.in_sections)]),
+            ("ab_proj", (heads, heads), ("alpha", "beta")),
+            ("conv1d", self.conv_sections, parts[:3]),
+        ):
+            full = f"{prefix}{key}.weight"
+            local = [size // self.tp_group.size() for size in sections]
+            state[full] = _split_tensor_factory(state[full], local, list(names), 0)
+        return state
+
+    def backward_dw(self) -> None:
+        """Weight gradients of the linears, when Megatron delays them."""
+        for linear in (self.out_proj, self.ab_proj, self.in_proj):
+            linear.backward_dw()

@@ -1,0 +1,159 @@
+"""RMSNorms of the OLMo-Hybrid family: local, on branch outputs, over the full q and k width, per GDN head.
+
+Letters: s sequence, b batch, D hidden, h heads of this rank, d head dim.
+
+All of them follow OLMo-2's order: to fp32, normalise, multiply by the weight in fp32, one cast back.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from torch import nn
+
+QKNormWidth = Literal["full", "head", "none"]
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the hidden dimension, for models without Transformer Engine.
+
+    Megatron's own torch norm refuses sequence parallelism. Here the weight carries the flag by which Megatron sums
+    its gradient over the tensor-parallel ranks, each of which sees only its part of the sequence.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., D], any float dtype; same shape and dtype out."""
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+
+
+def post_normed(linear: type, norm: type) -> type:
+    """A row-parallel linear whose reduced output passes through `norm`: OLMo-2's "reordered norm".
+
+    The norm comes after the sum over tensor-parallel ranks, where the hidden dimension is whole. Its weight is
+    `<linear>.post_layernorm.weight`.
+    """
+
+    class PostNormed(linear):  # type: ignore[valid-type,misc]
+        def __init__(
+            self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **kwargs: Any
+        ) -> None:
+            if bias:
+                raise ValueError("a post-normed block adds no bias after its norm: use --disable-bias-linear")
+            super().__init__(input_size, output_size, config=config, bias=bias, **kwargs)
+            self.post_layernorm = norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            output, bias = super().forward(x)
+            return self.post_layernorm(output), bias
+
+    PostNormed.__name__ = PostNormed.__qualname__ = f"{linear.__name__}PostNorm"
+    return PostNormed
+
+
+class QKNorm(nn.Module):
+    """RMSNorm of queries and keys before RoPE, over the full projection width (OLMo) or over each head.
+
+    `full`: weights [heads·d] are split over tensor-parallel ranks like the heads, and the sums of squares are added
+    up over the ranks, q's and k's in one all-reduce. `head`: weights [d] are the same on every rank.
+
+    The parameters must not be called q_layernorm or k_layernorm: with --qk-layernorm Megatron adds up the gradients
+    of every parameter of those names over tensor-parallel ranks, which is wrong for split weights.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        width: QKNormWidth,
+        query_heads: int,
+        key_heads: int,
+        head_dim: int,
+        tp_group: torch.distributed.ProcessGroup,
+    ) -> None:
+        """query_heads, key_heads: those of this rank."""
+        super().__init__()
+        self.eps = config.layernorm_epsilon
+        self.full = width == "full"
+        self.tp_group = tp_group
+        sizes = (query_heads * head_dim, key_heads * head_dim) if self.full else (head_dim, head_dim)
+        self.q_weight, self.k_weight = (nn.Parameter(torch.ones(n, dtype=config.params_dtype)) for n in sizes)
+        if self.full:
+            for weight in (self.q_weight, self.k_weight):
+                set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """query [s, b, h, d], key [s, b, h_kv, d]: both normalised, shapes and dtypes kept."""
+        normalise = self._over_full_width if self.full else self._over_each_head
+        return normalise(query, key)
+
+    def _over_full_width(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q_fp32, k_fp32 = query.float(), key.float()
+        squares = torch.stack([x.square().sum(dim=(-2, -1)) for x in (q_fp32, k_fp32)], dim=-1)  # [s, b, 2]
+        if self.tp_group.size() > 1:
+            # Every rank's output depends on every rank's squares: all-reduce forward and, through copy_to, backward.
+            squares = copy_to_tensor_model_parallel_region(
+                reduce_from_tensor_model_parallel_region(squares, group=self.tp_group), group=self.tp_group
+            )
+
+        def scaled(x_fp32: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            width = weight.numel() * self.tp_group.size()
+            inverse_rms = torch.rsqrt(squares / width + self.eps)[..., None, None]
+            return x_fp32 * inverse_rms * weight.float().view(x_fp32.shape[-2:])
+
+        q_normed = scaled(q_fp32, squares[..., 0], self.q_weight).to(query.dtype)
+        k_normed = scaled(k_fp32, squares[..., 1], self.k_weight).to(key.dtype)
+        return q_normed, k_normed
+
+    def _over_each_head(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            weight = shared_by_heads(weight, self.tp_group)
+            return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), self.eps).to(x.dtype)
+
+        return normed(query, self.q_weight), normed(key, self.k_weight)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Full-width weights are split along dim 0 over tensor-parallel ranks, per-head ones are replicated."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"q_weight": 0, "k_weight": 0} if self.full else {},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+def shared_by_heads(weight: torch.Tensor, tp_group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """A weight that is the same for all heads while the heads are split over tensor-parallel ranks.
+
+    Each rank's gradient covers its own heads only. Megatron adds such gradients up only under sequence parallelism
+    (and only for parameters it knows), so the sum is taken here, in backward, with and without it.
+    """
+    return copy_to_tensor_model_parallel_region(weight, group=tp_group)
+
+
+class HeadNorm(nn.Module):
+    """Holds the weight [V] of the GDN output norm, one for all heads; the norm itself runs fused with the gate."""
+
+    def __init__(self, config: TransformerConfig, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(head_dim, dtype=config.params_dtype))

@@ -1,0 +1,173 @@
+"""Train an OLMo-Hybrid with Megatron's own trainer.
+
+    python -m megatron_hybrid.pretrain --preset olmo-hybrid-7b --tensor-model-parallel-size 2 ... (under torchrun)
+
+A preset is a named set of Megatron flags; any flag on the command line replaces the preset's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from megatron_hybrid import compat
+from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.flags import FlagError, check, compose
+from megatron_hybrid.presets import PRESETS
+
+if TYPE_CHECKING:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+
+def own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """This command's own flags, and the rest, which is Megatron's and the plugin's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_hybrid.pretrain",
+        description="Train an OLMo-Hybrid with Megatron's own trainer. All other flags are Megatron's (see --help-all).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", metavar="NAME", help=f"named set of flags: {', '.join(sorted(PRESETS))}")
+    parser.add_argument(
+        "--without", metavar="FLAG", action="append", default=[], help="leave this flag of the preset out (repeatable)"
+    )
+    parser.add_argument("--print-args", action="store_true", help="print the flat list of flags and stop")
+    parser.add_argument("--help-all", action="store_true", help="print Megatron's and the plugin's flags and stop")
+    return parser.parse_known_args(list(argv))
+
+
+def fail(message: object) -> NoReturn:
+    """One line, once per job, exit status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(flags: Sequence[str]) -> argparse.Namespace:
+    """Megatron's parser and validation over a flat list of flags, plus the plugin's flags.
+
+    Raises:
+        FlagError: what Megatron's validation refuses, as one line.
+    """
+    from megatron.training.arguments import parse_and_validate_args
+
+    sys.argv = [sys.argv[0], *flags]  # Megatron's parser reads the process's arguments
+    try:
+        return parse_and_validate_args(extra_args_provider=HybridConfig.add_to)
+    except (AssertionError, ValueError, FileNotFoundError) as error:
+        raise FlagError(" ".join(str(error).split()) or f"Megatron refused the flags ({type(error).__name__})") from error
+
+
+def stack_spec(args: argparse.Namespace) -> Any:
+    """The stack spec: the plugin's own with the plugin's options, or whatever else --spec names."""
+    from megatron.core.transformer.spec_utils import import_module
+
+    from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
+
+    if args.spec is None or args.spec[0].startswith("megatron_hybrid.layer_specs."):
+        implementation = "local" if args.transformer_impl == "local" else "transformer_engine"
+        return build_stack_spec(HybridConfig.from_args(args), implementation)
+    return import_module(tuple(args.spec))
+
+
+def provide_model(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> HybridModel:
+    """Megatron's model provider."""
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    from megatron_hybrid.model import model_from_args
+
+    args = get_args()
+    return model_from_args(
+        args,
+        config or core_transformer_config_from_args(args),
+        stack_spec(args),
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
+def prepare(argv: Sequence[str]) -> argparse.Namespace:
+    """Everything before process groups: flags checked, backend chosen, Megatron's arguments parsed.
+
+    Exits with one line and status 2 where something cannot work.
+    """
+    own, rest = own_arguments(argv)
+    try:
+        if problem := compat.python_problem():
+            raise FlagError(problem)
+        flags = compose(own.preset, rest, own.without)
+        if own.print_args:
+            print("\n".join(_one_flag_a_line(flags)))
+            raise SystemExit(0)
+        if not own.help_all:
+            check(flags)
+        added = compat.backend_flags(flags)
+        if added and os.environ.get("RANK", "0") == "0":
+            print(f"added for this machine: {' '.join(added)}", file=sys.stderr)
+        compat.start_backend()
+        args = parse([*flags, *added] if not own.help_all else ["--help"])
+        if args.save:
+            _describe_checkpoint(args)
+        return args
+    except ValueError as error:
+        fail(error)
+
+
+def _one_flag_a_line(flags: Sequence[str]) -> list[str]:
+    lines: list[str] = []
+    for word in flags:
+        if word.startswith("--") or not lines:
+            lines.append(word)
+        else:
+            lines[-1] += f" {word}" if " " not in word else f" '{word}'"
+    return lines
+
+
+def _describe_checkpoint(args: argparse.Namespace) -> None:
+    from megatron.training import get_tokenizer
+
+    from megatron_hybrid.checkpoint import sidecar
+
+    if args.rank == 0:
+        tokenizer = get_tokenizer()
+        description = sidecar.describe(args, HybridConfig.from_args(args), tokenizer.vocab_size, tokenizer.eod)
+        sidecar.write(Path(args.save), description)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = prepare(sys.argv[1:] if argv is None else argv)
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_hybrid.data.gpt_dataset import build_datasets
+    from megatron_hybrid.training.loss import forward_step
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*It is recommended to use a ModelConfig")
+        container = pretrain_cfg_container_from_args(args)
+    pretrain(
+        container,
+        build_datasets,
+        ModelType.encoder_or_decoder,
+        partial(forward_step, check_finite=args.check_for_nan_in_loss_and_grad),
+        model_provider=provide_model,
+    )
+
+
+if __name__ == "__main__":  # Megatron's checkpoint writer may spawn a process that imports this file
+    main()

@@ -1,0 +1,59 @@
+"""Forward step and loss for Megatron's schedules. Letters: b batch, s sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, check_finite: bool = True) -> LossParts:
+    """Megatron's three-part loss: sum over this rank's tokens, their number, and what to report.
+
+    Megatron divides by the number of tokens over all microbatches and data-parallel ranks itself.
+
+    Args:
+        loss_mask: [b, s], 1 where a token counts.
+        losses: [b, s] cross-entropy of each token.
+        check_finite: stop the run on NaN or infinity, after Megatron's rerun machine has looked at it.
+    """
+    mask = loss_mask.view(-1).float()
+    total = torch.sum(losses.view(-1).float() * mask)
+    count = mask.sum().detach().to(torch.int)
+    if check_finite:
+        rerun = get_rerun_state_machine()
+        for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            rerun.validate_result(
+                result=total,
+                rejection_func=reject,
+                message=f"found {what} in the local forward loss",
+                tolerance=0.0,
+                fatal=True,
+            )
+    report = torch.cat([total.detach().view(1), count.view(1)])
+    return total, count, {"lm loss": report}
+
+
+def next_batch(batches: Iterator[Any] | None, device: torch.device) -> dict[str, torch.Tensor | None]:
+    """The next microbatch on `device`; all None in pipeline stages between first and last, which get no data."""
+    if batches is None:
+        return dict.fromkeys(BATCH_KEYS)
+    batch = next(batches)
+    return {key: batch[key].to(device, non_blocking=True) for key in BATCH_KEYS}
+
+
+def forward_step(
+    batches: Iterator[Any] | None, model: torch.nn.Module, check_finite: bool = True
+) -> tuple[torch.Tensor, Callable[..., LossParts]]:
+    """Megatron's forward step: model output, and the function that turns it into a loss on the last stage."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    batch = next_batch(batches, device)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(sum_loss, batch["loss_mask"], check_finite=check_finite)
