@@ -257,5 +257,7 @@ def enable() -> bool:
         setattr(owner, attribute, replacement.make(getattr(owner, attribute)))
     # Compiling Megatron's small fused functions for the CPU costs 50 s at the first step and saves nothing.
     torch._dynamo.config.disable = True
+    # Megatron's parser wants this with tensor parallelism on GPUs before Blackwell; it means nothing here.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _enabled = True
     return True

@@ -23,6 +23,7 @@ _FAMILY: Flags = {
     "hidden-dropout": 0.0,
     "init-method-std": 0.02,
     "make-vocab-size-divisible-by": 128,
+    "calculate-per-token-loss": True,  # the mean over all tokens of the batch, not the mean of microbatch means
     "no-create-attention-mask-in-dataloader": True,
 }
 

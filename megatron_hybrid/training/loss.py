@@ -17,7 +17,8 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, check_finite: bool = True) -> LossParts:
     """Megatron's three-part loss: sum over this rank's tokens, their number, and what to report.
 
-    Megatron divides by the number of tokens over all microbatches and data-parallel ranks itself.
+    Megatron divides: by the tokens of all microbatches and data-parallel ranks under --calculate-per-token-loss
+    (which the presets set), else by each microbatch's own.
 
     Args:
         loss_mask: [b, s], 1 where a token counts.
