@@ -1,0 +1,71 @@
+"""What the tools share: quick start-up without heavy imports, one-line errors, files that appear whole."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from megatron_hybrid.tools.atomic_file import atomic_open
+from megatron_hybrid.tools.cli import ToolError, run_cli
+
+TOOLS = ["gather_corpus", "train_tokenizer", "preprocess", "plot_run"]
+HEAVY = {"torch", "megatron", "transformers", "tensorboard", "matplotlib", "sentencepiece", "zstandard"}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_imports_nothing_heavy(tool: str) -> None:
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = ['tool', '--help']\n"
+        "try:\n"
+        f"    runpy.run_module('megatron_hybrid.tools.{tool}', run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 0\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stderr == "[]\n"
+    assert f"python -m megatron_hybrid.tools.{tool}" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        pytest.param(None, 0, id="success"),
+        pytest.param(ToolError("--flag 3: bad"), "error: --flag 3: bad", id="tool-error"),
+        pytest.param(FileNotFoundError(2, "No such file", "x"), "error: [Errno 2] No such file: 'x'", id="os-error"),
+        pytest.param(KeyboardInterrupt(), 130, id="ctrl-c"),
+    ],
+)
+def test_fault_becomes_an_exit_status(fault: BaseException | None, status: int | str) -> None:
+    def main() -> None:
+        if fault is not None:
+            raise fault
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main)
+    assert stop.value.code == status
+
+
+def test_fault_of_the_program_keeps_its_traceback() -> None:
+    def main() -> None:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        run_cli(main)
+
+
+def test_atomic_file_appears_only_when_its_block_ends(tmp_path: Path) -> None:
+    final = tmp_path / "new" / "file"
+    with atomic_open(final) as handle:
+        handle.write(b"whole")
+        assert not final.exists()
+    assert [path.read_bytes() for path in final.parent.iterdir()] == [b"whole"]
+
+
+def test_atomic_file_keeps_the_older_one_when_its_block_fails(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"older")
+    with pytest.raises(KeyError), atomic_open(tmp_path / "file") as handle:
+        handle.write(b"half")
+        raise KeyError
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"older"}
