@@ -1,0 +1,52 @@
+"""Text and a tokenizer small enough to train in a blink, shared by the tests of the data tools."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from megatron_hybrid.tools import train_tokenizer
+
+VOCAB_SIZE = 397
+
+TEXTS = [
+    "def area(radius):\n    if radius < 0:\n        raise ValueError('negative')\n    return 3.14159 * radius ** 2\n",
+    "\tTabs and   runs of spaces, a trailing blank  ",
+    "Grüße, 漢字, emoji 🎉, e\u0301 beside é, a no-break\u00a0space.\r\n",
+    "the quick brown fox jumps over the lazy dog; the dog sleeps on.\n\n\n",
+    "<|endoftext|> and <unk> and <0x0A> are plain text here",
+    "x",
+]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """The documents of TEXTS."""
+    return list(TEXTS)
+
+
+@pytest.fixture(scope="session")
+def vocab_size() -> int:
+    """Number of pieces of `tokenizer_model`."""
+    return VOCAB_SIZE
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of VOCAB_SIZE pieces trained on TEXTS."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    sentences = [sentence for text in TEXTS * 3 for sentence in text.replace("\t", "\n").split("\n") if sentence]
+    path.write_bytes(train_tokenizer.train(sentences, VOCAB_SIZE))
+    return path
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[[str, list[str]], Path]:
+    """Writes texts as a JSONL file of the given name and returns its path."""
+
+    def write(name: str, texts: list[str]) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        return path
+
+    return write
