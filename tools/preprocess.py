@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from megatron_hybrid.tools.atomic_file import atomic_open
 from megatron_hybrid.tools.cli import ToolError, byte_progress_bar, run_cli
 from megatron_hybrid.tools.indexed_dataset import (
@@ -213,14 +214,16 @@ def preprocess(args: argparse.Namespace) -> dict[str, Any]:
     encoder = SentencePieceEncoder(args.tokenizer_model)
     sources = check_arguments(args, encoder)
     rejections = Rejections(args.on_error)
+    started = time.perf_counter()
     with (
-        byte_progress_bar("tokenizing", sum(source.stored_bytes for source in sources)) as bar,
+        byte_progress_bar("tokenizing", sum(source.stored_bytes for source in sources), show_rate=False) as bar,
         IndexedDatasetWriter(args.output_prefix, encoder.vocab_size) as writer,
     ):
         for source in sources:
             for batch in batches(read_documents(source, args.text_key, rejections, bar.update)):
                 write_batch(batch, encoder, writer, rejections, args.append_eod)
-                bar.set_postfix_str(f"{writer.documents:,} documents, {writer.tokens / 1e6:,.1f}M tokens", False)
+                rate = sum(source.text_bytes for source in sources) / 1e6 / (time.perf_counter() - started)
+                bar.set_postfix_str(f"{writer.tokens / 1e6:,.1f}M tokens, {rate:,.1f} MB/s of text", refresh=False)
         check_conservation(sources, writer.documents)
         if not writer.documents:
             raise ToolError(
