@@ -26,9 +26,10 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
+
 from megatron_hybrid.tools.atomic_file import flush_to_disk, fsync_folder, temporary_path
 from megatron_hybrid.tools.cli import ToolError
-from numpy.typing import NDArray
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron_hybrid.tools.cli import ToolError
 from numpy.typing import NDArray
+
+from megatron_hybrid.tools.cli import ToolError
 
 
 class SentencePieceEncoder:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from megatron_hybrid.tools import train_tokenizer
 
 VOCAB_SIZE = 397

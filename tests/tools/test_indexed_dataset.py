@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from megatron_hybrid.tools import indexed_dataset
 from megatron_hybrid.tools.indexed_dataset import (
     DatasetError,

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import zstandard
+
 from megatron_hybrid.tools import preprocess as preprocess_module
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.indexed_dataset import IndexedDatasetReader, require_dataset
