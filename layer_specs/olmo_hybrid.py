@@ -38,9 +38,7 @@ class OlmoHybridStack(HybridStack):
     ) -> None:
         super().__init__(config, submodules, post_layer_norm=False, **kwargs)
         if self.post_process:
-            self.final_norm = final_norm(
-                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-            )
+            self.final_norm = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
             self.post_layer_norm = True
 
 

@@ -6,7 +6,6 @@ import argparse
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 
-
 from megatron_hybrid.presets import PRESETS, FlagValue
 from megatron_hybrid.tools.indexed_dataset import require_dataset
 

@@ -29,7 +29,7 @@ def own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own flags, and the rest, which is Megatron's and the plugin's."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_hybrid.pretrain",
-        description="Train an OLMo-Hybrid with Megatron's own trainer. All other flags are Megatron's (see --help-all).",
+        description="Train an OLMo-Hybrid with Megatron's own trainer. Other flags are Megatron's (--help-all).",
         allow_abbrev=False,
     )
     parser.add_argument("--preset", metavar="NAME", help=f"named set of flags: {', '.join(sorted(PRESETS))}")
@@ -60,7 +60,9 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
     try:
         return parse_and_validate_args(extra_args_provider=HybridConfig.add_to)
     except (AssertionError, ValueError, FileNotFoundError) as error:
-        raise FlagError(" ".join(str(error).split()) or f"Megatron refused the flags ({type(error).__name__})") from error
+        raise FlagError(
+            " ".join(str(error).split()) or f"Megatron refused the flags ({type(error).__name__})"
+        ) from error
 
 
 def stack_spec(args: argparse.Namespace) -> Any:

@@ -18,7 +18,9 @@ class SidecarError(ValueError):
     """The folder holds another model; the message names the folder, the key and both values."""
 
 
-def describe(args: argparse.Namespace, options: HybridConfig, true_vocab_size: int, eos_token_id: int) -> dict[str, Any]:
+def describe(
+    args: argparse.Namespace, options: HybridConfig, true_vocab_size: int, eos_token_id: int
+) -> dict[str, Any]:
     """The model in the words of transformers' OlmoHybridConfig where that has them.
 
     Args:

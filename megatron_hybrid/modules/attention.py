@@ -5,6 +5,7 @@ Letters: s sequence, b batch, t tokens of a packed batch, h heads of this rank, 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -88,9 +89,7 @@ class OlmoAttention(SelfAttention):
     def _run_core(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.core_attention(*args, **kwargs)
 
-    def _rotate(
-        self, x: torch.Tensor, angles: torch.Tensor, packed_seq_params: PackedSeqParams | None
-    ) -> torch.Tensor:
+    def _rotate(self, x: torch.Tensor, angles: torch.Tensor, packed_seq_params: PackedSeqParams | None) -> torch.Tensor:
         cu_seqlens = None
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
             cu_seqlens = packed_seq_params.cu_seqlens_q_padded
@@ -150,7 +149,7 @@ class SdpaAttention(torch.nn.Module):
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         documents = [
             self._causal(*(x[start:end, None] for x in (query, key, value))).squeeze(1)
-            for start, end in zip(bounds, bounds[1:], strict=False)
+            for start, end in itertools.pairwise(bounds)
             if end > start
         ]
         return torch.cat(documents)

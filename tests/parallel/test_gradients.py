@@ -122,7 +122,10 @@ def test_without_the_remedy_it_differs(broken: str, parameter: str, reference: d
 
 @pytest.mark.parametrize(
     "options",
-    [HybridConfig(qk_norm_width="head"), HybridConfig(qk_norm_width="none", norm_placement="pre", gdn_output_gate=False)],
+    [
+        HybridConfig(qk_norm_width="head"),
+        HybridConfig(qk_norm_width="none", norm_placement="pre", gdn_output_gate=False),
+    ],
     ids=["head_qk_norm", "pre-no_qk_norm-no_output_gate"],
 )
 def test_other_architectures_split_too(options: HybridConfig, tmp_path: Path) -> None:

@@ -31,17 +31,17 @@ from megatron_hybrid.training.loss import forward_step
 
 PATTERN = "GGG*GGG*"
 VOCAB, PADDED_VOCAB, SEQUENCE, MICROBATCH, MICROBATCHES = 187, 192, 72, 2, 4
-SIZES: dict[str, Any] = dict(
-    hidden_size=96,
-    num_attention_heads=6,
-    kv_channels=16,
-    ffn_hidden_size=132,
-    linear_num_key_heads=6,
-    linear_num_value_heads=6,
-    linear_key_head_dim=24,
-    linear_value_head_dim=48,
-    linear_conv_kernel_dim=4,
-)
+SIZES: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_attention_heads": 6,
+    "kv_channels": 16,
+    "ffn_hidden_size": 132,
+    "linear_num_key_heads": 6,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 48,
+    "linear_conv_kernel_dim": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,17 @@ def unsettle(chunks: list[torch.nn.Module], seed: int = 7) -> None:
                     param.copy_(0.3 * noise)
                 elif "word_embeddings" in name:
                     param.copy_(noise)
-                elif name.endswith("A_log") or name.endswith("dt_bias"):
+                elif name.endswith(("A_log", "dt_bias")):
                     param.add_(0.5 * noise)
                 else:
                     param.copy_(0.06 * noise)
 
 
 def _sharded(chunks: list[torch.nn.Module]) -> dict[str, Any]:
-    return {f"model{i}": chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True}) for i, chunk in enumerate(chunks)}
+    return {
+        f"model{i}": chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+        for i, chunk in enumerate(chunks)
+    }
 
 
 def save_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
@@ -231,7 +234,9 @@ class Trainer:
             use_distributed_optimizer=layout.distributed_optimizer, grad_reduce_in_fp32=True
         )
         wrapped = [Float16Module(self.config, chunk) for chunk in chunks] if layout.bf16 else chunks
-        self.model = [DistributedDataParallel(self.config, ddp, m, disable_bucketing=i > 0) for i, m in enumerate(wrapped)]
+        self.model = [
+            DistributedDataParallel(self.config, ddp, m, disable_bucketing=i > 0) for i, m in enumerate(wrapped)
+        ]
         self.config.finalize_model_grads_func = finalize_model_grads
         optimizer = OptimizerConfig(
             optimizer="adam",
@@ -275,7 +280,7 @@ class Trainer:
                     dist.all_gather([*shards], shards[group.rank()].clone(), group=group)
 
     def step(self) -> tuple[float, float]:
-        """One optimizer step: (mean loss over all tokens, gradient norm before clipping); loss −1 off the last stage."""
+        """One optimizer step: (mean loss over tokens, gradient norm before clipping); loss −1 off the last stage."""
         total = self.backward()
         _, norm, _ = self.optimizer.step()
         return float(total[0] / total[1]) if total[1] else -1.0, float(norm)
