@@ -387,13 +387,18 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def publish(working: Path, output: Path) -> None:
-    """Gives the finished folder its name; an earlier export is moved aside first and removed last."""
+    """Gives the finished folder its name. An earlier export is moved aside first, and back if that fails."""
     replaced = beside(output, ".replaced")
     if output.exists():
         if replaced.exists():
             shutil.rmtree(replaced)
         output.rename(replaced)
-    working.rename(output)
+    try:
+        working.rename(output)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(output)
+        raise
     if replaced.exists():
         shutil.rmtree(replaced)
     fsync_folder(output.parent)

@@ -87,7 +87,7 @@ def write_tokenizer(
     tokenizer.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,  # decoding must give the text back byte for byte
+        "clean_up_tokenization_spaces": False,  # transformers 4 may drop spaces before punctuation otherwise
         "split_special_tokens": True,  # as in training: the text "</s>" is characters, never the end of a document
         "model_max_length": max_length,
         "unk_token": pieces[model.trainer_spec.unk_id],

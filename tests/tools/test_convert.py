@@ -255,6 +255,26 @@ def test_a_failure_leaves_nothing_and_keeps_the_earlier_export(
     load_model(earlier)
 
 
+def test_an_earlier_export_stays_when_the_new_one_cannot_be_named(
+    checkpoints: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def fail_for_the_new_one(path: Path, target: Path) -> Path:
+        if path.name == "hf.tmp":
+            raise OSError("Stale file handle")
+        return rename(path, target)
+
+    options = ExportOptions(checkpoints[1], tmp_path / "hf", force=True)
+    export(options)
+    before = os.stat(tmp_path / "hf").st_ino
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    with pytest.raises(OSError, match="Stale file handle"):
+        export(options)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert os.stat(tmp_path / "hf").st_ino == before
+
+
 def test_a_full_disk_is_found_before_anything_is_written(
     checkpoints: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,15 +284,17 @@ def test_a_full_disk_is_found_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_faults_of_the_checkpoint_are_found_before_anything_is_written(save_folder: Path, tmp_path: Path) -> None:
+def test_faults_of_the_checkpoint_are_found_before_anything_is_written(
+    save_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     iteration, output = save_folder / "iter_0000007", tmp_path / "hf"
+    monkeypatch.delattr(convert, "make_working_folder")
 
     def refused(message: str) -> None:
         with pytest.raises(ToolError, match=message) as caught:
             export(ExportOptions(save_folder, output))
         assert "\n" not in str(caught.value)
         assert not output.exists()
-        assert not (tmp_path / "hf.tmp").exists()
 
     describe(save_folder, hybrid_layer_pattern="GGG*GGG*G")
     refused(r"\.metadata: no tensor decoder\.layers\.8\.input_layernorm\.weight")
