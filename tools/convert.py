@@ -215,6 +215,8 @@ def write_shards(source: Source, dtype: str | None, shards: list[list[PlannedTen
                 hashes[name] = sha256_of(tensor)
                 bar.update(planned.size_bytes)
             save_file(tensors, folder / file_name, metadata={"format": "pt"})
+            # save_file makes files that only their owner can read; these get the permissions of any other file.
+            (folder / file_name).chmod((folder / RECORD_FILE).stat().st_mode)
             with open(folder / file_name, "rb") as handle:
                 flush_to_disk(handle)
     return hashes

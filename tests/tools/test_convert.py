@@ -214,6 +214,7 @@ def test_exporting_again_is_refused_without_force_and_gives_the_same_bytes(
     export(replace(options, force=True))
     assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1  # safetensors alone would make 0600
 
 
 def test_force_does_not_remove_what_is_no_export(checkpoints: dict[int, Path], tmp_path: Path) -> None:
