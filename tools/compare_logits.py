@@ -106,7 +106,9 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 def main() -> None:
     """Entry point; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_hybrid.tools.compare_logits", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--reference", type=Path, required=True, help="safetensors file with the right logits")
     parser.add_argument("--candidate", type=Path, required=True, help="safetensors file with the logits to judge")
     parser.add_argument("--tolerance", type=float, required=True, help="largest absolute difference that passes")

@@ -84,7 +84,9 @@ def generate(folder: Path, prompts: Sequence[str], sampling: Sampling) -> list[s
 def main() -> None:
     """Entry point; see the module's docstring."""
     defaults = Sampling()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_hybrid.tools.generate", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder with a tokenizer")
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="texts to continue")
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="default: %(default)s")

@@ -60,7 +60,9 @@ def hf_logits(model: Any, tokens: Tensor) -> Tensor:
 
 def main() -> None:
     """Entry point; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_hybrid.tools.hf_logits", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--tokens", type=Path, required=True, help='safetensors file with "tokens", int64 [B, T]')
     parser.add_argument("--output", type=Path, required=True, help='safetensors file to write "logits" to')
