@@ -43,6 +43,6 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
-        "dev": ["pytest==9.2.0", "ruff==0.17.6", "mypy==2.4.1"],
+        "dev": ["setuptools==81.0.0", "pytest==9.2.0", "ruff==0.17.6", "mypy==2.4.1"],
     },
 )

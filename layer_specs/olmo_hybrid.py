@@ -29,6 +29,8 @@ from megatron_hybrid.modules.attention import OlmoAttention, SdpaAttention
 from megatron_hybrid.modules.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron_hybrid.modules.norms import RMSNorm, post_normed
 
+Implementation = Literal["auto", "local", "transformer_engine"]
+
 
 class OlmoHybridStack(HybridStack):
     """Megatron's stack with a final norm of choice; Megatron's hard-codes Transformer Engine's."""
@@ -121,9 +123,7 @@ def attention_layer_spec(options: HybridConfig, backend: Backend) -> ModuleSpec:
     return _layer(mixer, backend, row_linear, norm_first)
 
 
-def build_stack_spec(
-    options: HybridConfig | None = None, implementation: Literal["auto", "local", "transformer_engine"] = "auto"
-) -> ModuleSpec:
+def build_stack_spec(options: HybridConfig | None = None, implementation: Implementation = "auto") -> ModuleSpec:
     """The stack spec for the given options.
 
     Args:

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_hybrid.presets import PRESETS, FlagValue
+from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.indexed_dataset import require_dataset
 
 #: Flags of which Megatron takes one: giving another on the command line drops the preset's.
@@ -110,7 +111,7 @@ def check(flags: Sequence[str]) -> None:
             for prefix in _prefixes(getattr(values, name.replace("-", "_"))):
                 try:
                     require_dataset(prefix)
-                except (OSError, ValueError) as error:
+                except (OSError, ToolError) as error:
                     raise FlagError(f"--{name} {prefix}: {error}") from None
 
 

@@ -69,10 +69,10 @@ def stack_spec(args: argparse.Namespace) -> Any:
     """The stack spec: the plugin's own with the plugin's options, or whatever else --spec names."""
     from megatron.core.transformer.spec_utils import import_module
 
-    from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
+    from megatron_hybrid.layer_specs.olmo_hybrid import Implementation, build_stack_spec
 
     if args.spec is None or args.spec[0].startswith("megatron_hybrid.layer_specs."):
-        implementation = "local" if args.transformer_impl == "local" else "transformer_engine"
+        implementation: Implementation = "local" if args.transformer_impl == "local" else "transformer_engine"
         return build_stack_spec(HybridConfig.from_args(args), implementation)
     return import_module(tuple(args.spec))
 

@@ -47,7 +47,7 @@ def describe(
         "linear_value_head_dim": args.linear_value_head_dim,
         "linear_conv_kernel_dim": args.linear_conv_kernel_dim,
         "linear_allow_neg_eigval": options.gdn_allow_neg_eigval,
-        "rms_norm_eps": args.norm_epsilon,
+        "rms_norm_eps": args.layernorm_epsilon,
         "gdn_norm_eps": options.gdn_norm_epsilon,
         "rope_theta": float(args.rotary_base) if has_rope else None,
         "max_position_embeddings": args.max_position_embeddings,

@@ -29,7 +29,7 @@ from megatron.core.transformer.utils import (
 from torch import nn
 
 from megatron_hybrid.kernels import reference
-from megatron_hybrid.modules.init import TruncatedNormal, init_sharded_, sample_a_log, sample_dt_bias
+from megatron_hybrid.modules.init import Sampler, TruncatedNormal, init_sharded_, sample_a_log, sample_dt_bias
 from megatron_hybrid.modules.norms import HeadNorm, shared_by_heads
 
 
@@ -145,7 +145,7 @@ class GatedDeltaNet(MegatronModule):
             name=f"{name}.out_proj" if name else None,
         )
 
-    def _input_linear(self, spec: ModuleSpec | type, size: int, name: str | None, suffix: str) -> nn.Module:
+    def _input_linear(self, spec: ModuleSpec | type, size: int, name: str | None, suffix: str) -> Any:
         return build_module(
             spec,
             self.config.hidden_size,
@@ -161,7 +161,7 @@ class GatedDeltaNet(MegatronModule):
             name=f"{name}.{suffix}" if name else None,
         )
 
-    def _per_head_fp32(self, sample: Callable[[torch.Tensor], None]) -> nn.Parameter:
+    def _per_head_fp32(self, sample: Sampler) -> nn.Parameter:
         param = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32))
         init_sharded_(param, (self.config.linear_num_value_heads,), sample, self.config, self.tp_group)
         return param
@@ -243,5 +243,6 @@ class GatedDeltaNet(MegatronModule):
 
     def backward_dw(self) -> None:
         """Weight gradients of the linears, when Megatron delays them."""
-        for linear in (self.out_proj, self.ab_proj, self.in_proj):
-            linear.backward_dw()
+        self.out_proj.backward_dw()
+        self.ab_proj.backward_dw()
+        self.in_proj.backward_dw()

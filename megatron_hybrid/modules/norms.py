@@ -49,7 +49,7 @@ def post_normed(linear: type, norm: type) -> type:
     `<linear>.post_layernorm.weight`.
     """
 
-    class PostNormed(linear):  # type: ignore[valid-type,misc]
+    class PostNormed(linear):
         def __init__(
             self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **kwargs: Any
         ) -> None:

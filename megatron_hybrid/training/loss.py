@@ -14,7 +14,7 @@ LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, check_finite: bool = True) -> LossParts:
+def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, *, check_finite: bool) -> LossParts:
     """Megatron's three-part loss: sum over this rank's tokens, their number, and what to report.
 
     Megatron divides: by the tokens of all microbatches and data-parallel ranks under --calculate-per-token-loss
@@ -42,7 +42,7 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, check_finite: bool =
     return total, count, {"lm loss": report}
 
 
-def next_batch(batches: Iterator[Any] | None, device: torch.device) -> dict[str, torch.Tensor | None]:
+def next_batch(batches: Iterator[Any] | None, device: torch.device) -> dict[str, Any]:
     """The next microbatch on `device`; all None in pipeline stages between first and last, which get no data."""
     if batches is None:
         return dict.fromkeys(BATCH_KEYS)

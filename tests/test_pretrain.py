@@ -1,0 +1,97 @@
+"""The trainer itself, `megatron_hybrid.pretrain` on Megatron's own loop: resume, and what a checkpoint folder says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_hybrid import pretrain
+from megatron_hybrid.tools.indexed_dataset import IndexedDatasetWriter
+from megatron_hybrid.tools.plot_run import read_series
+from tests.parallel.ranks import run_ranks
+
+VOCAB = 500
+
+
+def _train(rank: int, arguments: list[str]) -> None:
+    try:
+        pretrain.main(arguments)
+    except SystemExit as stop:  # Megatron leaves this way after --exit-interval
+        assert not stop.code, stop.code
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prefix = tmp_path_factory.mktemp("data") / "text"
+    generator = np.random.default_rng(0)
+    with IndexedDatasetWriter(prefix, VOCAB) as writer:
+        for _ in range(40):
+            writer.add_document(generator.integers(0, VOCAB - 1, size=200))
+        writer.commit()
+    return prefix
+
+
+def _arguments(data: Path, run: Path, *more: str) -> list[str]:
+    arguments = [
+        *("--preset", "olmo-hybrid-tiny", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB - 1)),
+        *("--data-path", str(data), "--split", "100,0,0", "--data-cache-path", str(run / "cache")),
+        *("--hybrid-layer-pattern", "GGG*", "--num-layers", "4", "--seq-length", "64"),
+        *("--max-position-embeddings", "64", "--hidden-size", "96", "--kv-channels", "16"),
+        *("--train-iters", "6", "--lr-warmup-iters", "1", "--eval-iters", "0"),
+        *("--micro-batch-size", "2", "--global-batch-size", "4", "--tensorboard-dir", str(run / "tensorboard")),
+        *("--tensorboard-log-interval", "1", "--save", str(run / "checkpoints"), "--load", str(run / "checkpoints")),
+    ]
+    return [*arguments, *more]
+
+
+SPLITS = {
+    "tp2-sp": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "dp2-distributed_optimizer": ["--use-distributed-optimizer"],
+    "dp2-distributed_optimizer-same_layout_only": [
+        "--use-distributed-optimizer",
+        "--without",
+        "dist-ckpt-optim-fully-reshardable",
+    ],
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_resumed_run_has_the_losses_of_an_uninterrupted_one(split: str, data: Path, tmp_path: Path) -> None:
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run_ranks(_train, 2, _arguments(data, straight, *SPLITS[split], "--save-interval", "100"))
+    run_ranks(_train, 2, _arguments(data, resumed, *SPLITS[split], "--save-interval", "100", "--exit-interval", "3"))
+    assert read_series(resumed / "tensorboard")["lm loss"].steps[-1] == 3
+    run_ranks(_train, 2, _arguments(data, resumed, *SPLITS[split], "--save-interval", "100"))
+    expected, found = (read_series(run / "tensorboard") for run in (straight, resumed))
+    for tag in ("lm loss", "grad-norm", "learning-rate"):
+        assert list(found[tag].steps) == list(expected[tag].steps) == list(range(1, 7))
+        np.testing.assert_array_equal(found[tag].values, expected[tag].values, err_msg=tag)
+
+
+def test_checkpoint_folder_says_what_it_holds(data: Path, tmp_path: Path) -> None:
+    first = _arguments(data, tmp_path, "--train-iters", "2", "--save-interval", "2")
+    run_ranks(_train, 1, first)
+    described = json.loads((tmp_path / "checkpoints" / "megatron_hybrid.json").read_text())
+    assert described["hybrid_layer_pattern"] == "GGG*"
+    assert (described["true_vocab_size"], described["vocab_size"]) == (VOCAB - 1, 512)
+    assert described["rope_theta"] == 500000.0
+    with pytest.raises(
+        AssertionError, match=r"--save .*: holds another model \(intermediate_size: 528 there, 132 here"
+    ):
+        run_ranks(_train_and_show_error, 1, [*first, "--ffn-hidden-size", "132"])
+
+
+def _train_and_show_error(rank: int, arguments: list[str]) -> None:
+    """The command's one line of stderr becomes the error that the parent sees."""
+    import contextlib
+    import io
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            pretrain.main(arguments)
+        except SystemExit as stop:
+            raise AssertionError(f"exit status {stop.code}: {said.getvalue()}") from None
