@@ -86,7 +86,9 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in _DATA_FLAGS:
         parser.add_argument(f"--{name}", nargs="*", default=[])
-    parser.add_argument("--mock-data", action="store_true")
+    parser.add_argument("--save")
+    for name in ("mock-data", "bf16", "fp16", "use-distributed-optimizer", "no-save-optim"):
+        parser.add_argument(f"--{name}", action="store_true")
     try:
         return parser.parse_known_args(list(flags))[0]
     except argparse.ArgumentError as error:
@@ -104,6 +106,7 @@ def check(flags: Sequence[str]) -> None:
     _check_tensor_parallel(values)
     _check_pipeline(values)
     _check_schedule(values)
+    _check_optimizer(values)
     if values.context_parallel_size != 1:
         raise FlagError(f"--context-parallel-size {values.context_parallel_size}: not supported yet; legal: 1")
     if not values.mock_data:
@@ -182,6 +185,16 @@ def _check_schedule(values: argparse.Namespace) -> None:
         flag = "--lr-decay-iters" if values.lr_decay_iters else "--train-iters"
         raise FlagError(
             f"--lr-warmup-iters {values.lr_warmup_iters}: must be less than {flag} {decay}; nearest legal: {decay - 1}"
+        )
+
+
+def _check_optimizer(values: argparse.Namespace) -> None:
+    half = next((flag for flag in ("bf16", "fp16") if getattr(values, flag)), None)
+    saves = values.save and not values.no_save_optim
+    if half and saves and "G" in values.hybrid_layer_pattern and not values.use_distributed_optimizer:
+        raise FlagError(
+            f"--{half}: Megatron's plain optimizer cannot save a model with fp32 parameters (A_log, dt_bias); "
+            "add --use-distributed-optimizer (one rank will do), or --no-save-optim"
         )
 
 

@@ -22,6 +22,7 @@ REFUSED = [
     (["--pipeline-model-parallel-size", "5"], ["--pipeline-model-parallel-size 5", "nearest legal: 4"]),
     (["--context-parallel-size", "2"], ["--context-parallel-size 2", "legal: 1"]),
     (["--data-path", "nowhere/data"], ["--data-path nowhere/data", "nowhere/data.idx"]),
+    (["--without-distopt", "--save", "x"], ["--bf16", "--use-distributed-optimizer", "--no-save-optim"]),
     (["--lr-warmup-iters", "20", "--train-iters", "20"], ["--lr-warmup-iters 20", "--train-iters 20", "19"]),
 ]
 
@@ -29,7 +30,8 @@ REFUSED = [
 @pytest.mark.parametrize(("given", "said"), REFUSED, ids=lambda value: "_".join(value)[:60])
 def test_refused_in_one_line(given: list[str], said: list[str]) -> None:
     with pytest.raises(FlagError) as caught:
-        check(compose("olmo-hybrid-7b", given))
+        without = ["use-distributed-optimizer"] if "--without-distopt" in given else []
+        check(compose("olmo-hybrid-7b", given, without))
     message = str(caught.value)
     assert "\n" not in message
     for part in said:

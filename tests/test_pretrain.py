@@ -49,6 +49,11 @@ def _arguments(data: Path, run: Path, *more: str) -> list[str]:
 
 SPLITS = {
     "tp2-sp": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "dp2-bf16": ["--use-distributed-optimizer", "--bf16"],
+    "tp2-bf16-same_layout_only": [
+        *("--tensor-model-parallel-size", "2", "--use-distributed-optimizer", "--bf16"),
+        *("--without", "dist-ckpt-optim-fully-reshardable"),
+    ],
     "dp2-distributed_optimizer": ["--use-distributed-optimizer"],
     "dp2-distributed_optimizer-same_layout_only": [
         "--use-distributed-optimizer",

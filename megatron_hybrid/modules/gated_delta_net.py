@@ -29,6 +29,7 @@ from megatron.core.transformer.utils import (
 from torch import nn
 
 from megatron_hybrid.kernels import reference
+from megatron_hybrid.modules.fp32_parameters import keeping_fp32, support_in_optimizers
 from megatron_hybrid.modules.init import Sampler, TruncatedNormal, init_sharded_, sample_a_log, sample_dt_bias
 from megatron_hybrid.modules.norms import HeadNorm, shared_by_heads
 
@@ -129,6 +130,8 @@ class GatedDeltaNet(MegatronModule):
         self.conv1d = ShortConv(self.conv_sections, config.linear_conv_kernel_dim, config, self.tp_group)
         self.A_log = self._per_head_fp32(sample_a_log)
         self.dt_bias = self._per_head_fp32(sample_dt_bias)
+        if config.params_dtype != torch.float32:
+            support_in_optimizers()
         self.out_norm = HeadNorm(config, self.value_dim, norm_eps)
         self.out_proj = build_module(
             submodules.out_proj,
@@ -168,13 +171,7 @@ class GatedDeltaNet(MegatronModule):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GatedDeltaNet:
         """Keep A_log and dt_bias in fp32 when Megatron casts the model to bf16: exp(A_log) needs the bits."""
-        fp32 = {id(self.A_log), id(self.dt_bias)}
-
-        def keeping_fp32(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            return tensor.to(result.device) if id(tensor) in fp32 and result.dtype != tensor.dtype else result
-
-        return super()._apply(keeping_fp32, recurse)
+        return super()._apply(keeping_fp32(fn, (self.A_log, self.dt_bias)), recurse)
 
     def forward(
         self,
