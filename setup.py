@@ -10,6 +10,7 @@ FOLDERS = {
     "megatron_hybrid.modules": "megatron_hybrid/modules",
     "megatron_hybrid.checkpoint": "megatron_hybrid/checkpoint",
     "megatron_hybrid.data": "megatron_hybrid/data",
+    "megatron_hybrid.parallel": "megatron_hybrid/parallel",
     "megatron_hybrid.training": "megatron_hybrid/training",
     "megatron_hybrid.kernels": "kernels",
     "megatron_hybrid.layer_specs": "layer_specs",

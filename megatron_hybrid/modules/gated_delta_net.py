@@ -32,6 +32,9 @@ from megatron_hybrid.kernels import reference
 from megatron_hybrid.modules.fp32_parameters import keeping_fp32, support_in_optimizers
 from megatron_hybrid.modules.init import Sampler, TruncatedNormal, init_sharded_, sample_a_log, sample_dt_bias
 from megatron_hybrid.modules.norms import HeadNorm, shared_by_heads
+from megatron_hybrid.parallel import state_passing
+from megatron_hybrid.parallel.packed import routes_of
+from megatron_hybrid.parallel.routes import Routes
 
 
 @dataclass
@@ -75,7 +78,8 @@ class GatedDeltaNet(MegatronModule):
     Takes the place of `self_attention` in a Megatron TransformerLayer.
 
     Under tensor parallelism each rank holds H/TP heads. Under sequence parallelism both input projections gather the
-    sequence; the a|b one costs a second gather of [s, b, D].
+    sequence; the a|b one costs a second gather of [s, b, D]. Under context parallelism states are passed between
+    ranks (`parallel/state_passing.py`), whatever the number of heads.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class GatedDeltaNet(MegatronModule):
         allow_neg_eigval: bool = True,
         output_gate: bool = True,
         norm_eps: float = 1e-5,
+        cp_exchange: state_passing.Exchange = "auto",
         name: str | None = None,
         cp_comm_type: str | None = None,
     ) -> None:
@@ -96,10 +101,11 @@ class GatedDeltaNet(MegatronModule):
             allow_neg_eigval: beta in (0, 2) instead of (0, 1).
             output_gate: multiply the normalised output by silu(z).
             norm_eps: of the output norm. Every other norm uses config.layernorm_epsilon.
-            cp_comm_type: Megatron passes it to every mixer; unused.
+            cp_exchange: how states travel between context-parallel ranks.
+            cp_comm_type: Megatron passes it to every mixer; it is attention's, unused here.
 
         Raises:
-            ValueError: heads that tensor parallelism does not divide, or context parallelism.
+            ValueError: heads that tensor parallelism does not divide.
         """
         super().__init__(config)
         self.layer_number = layer_number
@@ -108,14 +114,13 @@ class GatedDeltaNet(MegatronModule):
         tp = self.tp_group.size()
         self.allow_neg_eigval = allow_neg_eigval
         self.output_gate = output_gate
+        self.cp_exchange: state_passing.Exchange = cp_exchange
         if config.linear_num_value_heads % tp or config.linear_num_key_heads % tp:
             raise ValueError(
                 f"--tensor-model-parallel-size {tp} does not divide the Gated DeltaNet heads "
                 f"(--linear-num-key-heads {config.linear_num_key_heads}, "
                 f"--linear-num-value-heads {config.linear_num_value_heads})"
             )
-        if config.context_parallel_size > 1:
-            raise ValueError(f"--context-parallel-size {config.context_parallel_size}: Gated DeltaNet runs with 1")
         self.key_heads = config.linear_num_key_heads // tp
         self.value_heads = config.linear_num_value_heads // tp
         self.key_dim = config.linear_key_head_dim
@@ -188,19 +193,45 @@ class GatedDeltaNet(MegatronModule):
         """
         if inference_context is not None:
             raise NotImplementedError("GatedDeltaNet has no inference context: export the model to Hugging Face")
-        cu_seqlens = packed_seq_params.cu_seqlens_q if packed_seq_params is not None else None
-        tp = self.tp_group.size()
         projected = self.in_proj(hidden_states)[0].transpose(0, 1)  # [b, s, (2·Hk·K + 2·H·V)]
-        a, b = self.ab_proj(hidden_states)[0].transpose(0, 1).chunk(2, dim=-1)  # [b, s, H] each
+        ab = self.ab_proj(hidden_states)[0].transpose(0, 1)  # [b, s, 2·H]
+        rows, tokens = projected.shape[:2]
+        if self.pg_collection.cp.size() > 1:
+            routes = routes_of(tokens, rows, packed_seq_params, self.pg_collection.cp, projected.device)
+            y = self._mix(projected.reshape(1, rows * tokens, -1), ab.reshape(1, rows * tokens, -1), routes=routes)
+            y = y.view(rows, tokens, -1)
+        else:
+            bounds = packed_seq_params.cu_seqlens_q if packed_seq_params is not None else None
+            y = self._mix(projected, ab, cu_seqlens=bounds)
+        return self.out_proj(y.transpose(0, 1).contiguous())[0], None
+
+    def _mix(
+        self,
+        projected: torch.Tensor,
+        ab: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        routes: Routes | None = None,
+    ) -> torch.Tensor:
+        """Convolution, gated delta rule and gated norm: [b, s, 2·Hk·K + 2·H·V] and [b, s, 2·H] to [b, s, H·V].
+
+        routes: under context parallelism, where the tokens before each piece are; then b = 1.
+        """
+        tp, group = self.tp_group.size(), self.pg_collection.cp
         conv_width = sum(self.conv_sections) // tp
-        qkv = reference.causal_conv_silu(projected[..., :conv_width], self.conv1d.weight, cu_seqlens=cu_seqlens)
+        pre_conv, halo = projected[..., :conv_width], None
+        if routes is not None:
+            cu_seqlens, halo = routes.cu_segments, state_passing.conv_halo(pre_conv[0], routes, group)
+        qkv = reference.causal_conv_silu(pre_conv, self.conv1d.weight, cu_seqlens=cu_seqlens, initial_state=halo)
         q, k, v = qkv.split([size // tp for size in self.conv_sections], dim=-1)
         q, k = (reference.l2norm(x.unflatten(-1, (self.key_heads, self.key_dim))) for x in (q, k))
         v = v.unflatten(-1, (self.value_heads, self.value_dim))
+        a, b = ab.chunk(2, dim=-1)
         g_fp32, beta = reference.gates(a, b, self.A_log, self.dt_bias, allow_neg_eigval=self.allow_neg_eigval)
-        o, _ = reference.gated_delta_rule_chunked(q, k, v, g_fp32, beta, cu_seqlens=cu_seqlens)  # [b, s, H, V]
-        y = self._gated_norm(o, projected[..., conv_width:])
-        return self.out_proj(y.flatten(-2).transpose(0, 1).contiguous())[0], None
+        if routes is None:
+            o, _ = reference.gated_delta_rule_chunked(q, k, v, g_fp32, beta, cu_seqlens=cu_seqlens)
+        else:
+            o = state_passing.gated_delta_rule(q, k, v, g_fp32, beta, routes, group, self.cp_exchange)
+        return self._gated_norm(o, projected[..., conv_width:]).flatten(-2)  # o: [b, s, H, V]
 
     def _gated_norm(self, o: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         weight = shared_by_heads(self.out_norm.weight, self.tp_group)

@@ -27,7 +27,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
 from megatron_hybrid.model import build_model
-from megatron_hybrid.training.loss import forward_step
+from megatron_hybrid.parallel.packed import pack
+from megatron_hybrid.training.loss import forward_step, sum_loss
 
 PATTERN = "GGG*GGG*"
 VOCAB, PADDED_VOCAB, SEQUENCE, MICROBATCH, MICROBATCHES = 187, 192, 72, 2, 4
@@ -52,6 +53,8 @@ class Layout:
     sp: bool = False
     pp: int = 1
     dp: int = 1
+    cp: int = 1
+    packed: bool = False
     pattern: str = PATTERN
     distributed_optimizer: bool = False
     bf16: bool = False
@@ -59,7 +62,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     @property
     def vpp(self) -> int | None:
@@ -68,6 +71,7 @@ class Layout:
 
     def __str__(self) -> str:
         parts = [f"tp{self.tp}", "sp" * self.sp, f"pp{self.pp}", f"vpp{self.vpp}" * bool(self.vpp), f"dp{self.dp}"]
+        parts += [f"cp{self.cp}" * (self.cp > 1), "packed" * self.packed]
         return "-".join([p for p in parts if p] + ["distopt"] * self.distributed_optimizer + ["bf16"] * self.bf16)
 
 
@@ -95,6 +99,7 @@ def make_config(layout: Layout, **overrides: Any) -> TransformerConfig:
         sequence_parallel=layout.sp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
         bf16=layout.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -112,6 +117,7 @@ def build(layout: Layout, options: HybridConfig | None = None, rope: bool = True
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     config = make_config(layout)
@@ -217,6 +223,23 @@ def sample(index: int) -> dict[str, torch.Tensor]:
     }
 
 
+#: Documents of a packed row of the same tokens: on CP 4 parts of 1, 8, 0, 3 and 6 tokens, halos over three parts.
+PACKED_LENGTHS = (8, 64, 0, 24, 48)
+
+
+def packed_forward_step(batches: Iterator[Any] | None, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """The rows of a microbatch as one packed row of documents, this context-parallel rank's share of it."""
+    group = parallel_state.get_context_parallel_group()
+    documents = pack(PACKED_LENGTHS, group.size(), group.rank())
+    if batches is None:
+        mask, inputs, labels = None, (None, None), None
+    else:
+        rows = {key: value.reshape(1, -1)[:, documents.local_index()] for key, value in next(batches).items()}
+        mask, inputs, labels = rows["loss_mask"], (rows["tokens"], rows["position_ids"]), rows["labels"]
+    output = model(*inputs, None, labels=labels, packed_seq_params=documents)
+    return output, partial(sum_loss, mask, check_finite=False)
+
+
 def microbatches() -> Iterator[dict[str, torch.Tensor]]:
     """This data-parallel rank's share of the global batch."""
     count = MICROBATCHES // parallel_state.get_data_parallel_world_size()
@@ -255,17 +278,18 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         iterators = [microbatches() for _ in self.model]
+        step = packed_forward_step if self.layout.packed else partial(forward_step, check_finite=False)
         parts = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, check_finite=False),
+            forward_step_func=step,
             data_iterator=iterators if self.layout.vpp else iterators[0],
             model=self.model if self.layout.vpp else self.model[0],
             num_microbatches=MICROBATCHES // self.layout.dp,
-            seq_length=SEQUENCE,
-            micro_batch_size=MICROBATCH,
+            seq_length=SEQUENCE * (MICROBATCH if self.layout.packed else 1),
+            micro_batch_size=1 if self.layout.packed else MICROBATCH,
             forward_only=False,
         )
         total = sum((part["lm loss"].double() for part in parts), torch.zeros(2, dtype=torch.float64))
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         return total
 
     def gather_gradients(self) -> None:
