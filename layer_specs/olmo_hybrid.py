@@ -101,6 +101,7 @@ def gdn_layer_spec(options: HybridConfig, backend: Backend) -> ModuleSpec:
             "allow_neg_eigval": options.gdn_allow_neg_eigval,
             "output_gate": options.gdn_output_gate,
             "norm_eps": options.gdn_norm_epsilon,
+            "cp_comm": options.gdn_cp_comm_type,
         },
         submodules=GatedDeltaNetSubmodules(
             in_proj=backend.column_linear, ab_proj=ColumnParallelLinear, out_proj=row_linear

@@ -30,6 +30,11 @@ class HybridConfig:
         True, "beta = 2 sigmoid(b), so that the state's transition may have negative eigenvalues; else sigmoid(b)"
     )
     gdn_output_gate: bool = _flag(True, "multiply the Gated DeltaNet output by silu of a gate projection")
+    gdn_cp_comm_type: Literal["auto", "all_gather", "scan", "a2a"] = _flag(
+        "auto",
+        "context parallelism of Gated DeltaNet: pass states by all-gather or by a log-step scan ('auto': whichever "
+        "should be faster), or exchange heads by all-to-all (Megatron's way; needs heads % (TP * CP) == 0)",
+    )
     gdn_norm_epsilon: float = _flag(1e-5, "epsilon of the Gated DeltaNet output norm; all others: --norm-epsilon")
 
     @classmethod

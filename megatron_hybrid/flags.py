@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_hybrid.presets import PRESETS, FlagValue
@@ -79,6 +80,7 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         ("linear-num-key-heads", None),
         ("linear-num-value-heads", None),
         ("ffn-hidden-size", None),
+        ("seq-length", None),
         ("train-iters", None),
         ("lr-decay-iters", None),
         ("lr-warmup-iters", 0),
@@ -87,7 +89,7 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
     for name in _DATA_FLAGS:
         parser.add_argument(f"--{name}", nargs="*", default=[])
     parser.add_argument("--save")
-    for name in ("mock-data", "bf16", "fp16", "use-distributed-optimizer", "no-save-optim"):
+    for name in ("mock-data", "bf16", "fp16", "use-distributed-optimizer", "no-save-optim", "sequence-parallel"):
         parser.add_argument(f"--{name}", action="store_true")
     try:
         return parser.parse_known_args(list(flags))[0]
@@ -107,8 +109,7 @@ def check(flags: Sequence[str]) -> None:
     _check_pipeline(values)
     _check_schedule(values)
     _check_optimizer(values)
-    if values.context_parallel_size != 1:
-        raise FlagError(f"--context-parallel-size {values.context_parallel_size}: not supported yet; legal: 1")
+    _check_context_parallel(values)
     if not values.mock_data:
         for name in _DATA_FLAGS:
             for prefix in _prefixes(getattr(values, name.replace("-", "_"))):
@@ -176,6 +177,23 @@ def _check_pipeline(values: argparse.Namespace) -> None:
         raise FlagError(
             f"--pipeline-model-parallel-size {pp}: does not divide {len(pattern)} layers; nearest legal: "
             f"{min(legal, key=lambda n: abs(n - pp))}; or mark uneven stages with | in --hybrid-layer-pattern"
+        )
+
+
+def _check_context_parallel(values: argparse.Namespace) -> None:
+    cp, length = values.context_parallel_size, values.seq_length
+    if length is None:
+        return
+    multiple = 2 * cp if cp > 1 else 1
+    if values.sequence_parallel:
+        multiple = math.lcm(multiple, cp * values.tensor_model_parallel_size)
+    if cp < 1 or length % multiple:
+        nearest = max(round(length / max(multiple, 1)), 1) * max(multiple, 1)
+        legal = [n for n in range(1, 65) if length % (2 * n) == 0]
+        raise FlagError(
+            f"--context-parallel-size {cp}: --seq-length {length} must be a multiple of {multiple} (2 parts for each "
+            f"context-parallel rank, 1 for each sequence-parallel one); nearest legal length: {nearest}; sizes that "
+            f"divide it: {', '.join(map(str, legal))}"
         )
 
 

@@ -20,7 +20,8 @@ REFUSED = [
     (["--hybrid-layer-pattern", "GGG-"], ["--hybrid-layer-pattern GGG-", "'-'", "legal: G, *, |"]),
     (["--hybrid-layer-pattern", "GGG*" * 7], ["--num-layers 32", "has 28 layers"]),
     (["--pipeline-model-parallel-size", "5"], ["--pipeline-model-parallel-size 5", "nearest legal: 4"]),
-    (["--context-parallel-size", "2"], ["--context-parallel-size 2", "legal: 1"]),
+    (["--context-parallel-size", "3"], ["--context-parallel-size 3", "--seq-length 8192", "8190", "1, 2, 4, 8, 16"]),
+    (["--seq-length", "8193", "--context-parallel-size", "4"], ["--seq-length 8193", "nearest legal length: 8192"]),
     (["--data-path", "nowhere/data"], ["--data-path nowhere/data", "nowhere/data.idx"]),
     (["--without-distopt", "--save", "x"], ["--bf16", "--use-distributed-optimizer", "--no-save-optim"]),
     (["--lr-warmup-iters", "20", "--train-iters", "20"], ["--lr-warmup-iters 20", "--train-iters 20", "19"]),
@@ -99,6 +100,7 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "qk_norm_width",
         "gdn_allow_neg_eigval",
         "gdn_output_gate",
+        "gdn_cp_comm_type",
         "gdn_norm_epsilon",
     }
 

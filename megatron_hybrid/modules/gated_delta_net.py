@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -33,6 +33,7 @@ from megatron_hybrid.modules.fp32_parameters import keeping_fp32, support_in_opt
 from megatron_hybrid.modules.init import Sampler, TruncatedNormal, init_sharded_, sample_a_log, sample_dt_bias
 from megatron_hybrid.modules.norms import HeadNorm, shared_by_heads
 from megatron_hybrid.parallel import state_passing
+from megatron_hybrid.parallel.head_exchange import check_heads, share, to_heads, to_tokens
 from megatron_hybrid.parallel.packed import routes_of
 from megatron_hybrid.parallel.routes import Routes
 
@@ -44,6 +45,20 @@ class GatedDeltaNetSubmodules:
     in_proj: ModuleSpec | type
     ab_proj: ModuleSpec | type
     out_proj: ModuleSpec | type
+
+
+GdnCpCommType = state_passing.Exchange | Literal["a2a"]
+
+
+@dataclass
+class _Heads:
+    """The heads that a rank works on, and what belongs to each: all of its own, or its share of an all-to-all."""
+
+    key_heads: int
+    value_heads: int
+    conv_weight: torch.Tensor
+    A_log: torch.Tensor
+    dt_bias: torch.Tensor
 
 
 class ShortConv(nn.Module):
@@ -91,7 +106,7 @@ class GatedDeltaNet(MegatronModule):
         allow_neg_eigval: bool = True,
         output_gate: bool = True,
         norm_eps: float = 1e-5,
-        cp_exchange: state_passing.Exchange = "auto",
+        cp_comm: GdnCpCommType = "auto",
         name: str | None = None,
         cp_comm_type: str | None = None,
     ) -> None:
@@ -101,7 +116,8 @@ class GatedDeltaNet(MegatronModule):
             allow_neg_eigval: beta in (0, 2) instead of (0, 1).
             output_gate: multiply the normalised output by silu(z).
             norm_eps: of the output norm. Every other norm uses config.layernorm_epsilon.
-            cp_exchange: how states travel between context-parallel ranks.
+            cp_comm: how context-parallel ranks work together: states by all-gather or by a scan, the faster of the
+                two, or heads by all-to-all.
             cp_comm_type: Megatron passes it to every mixer; it is attention's, unused here.
 
         Raises:
@@ -114,7 +130,7 @@ class GatedDeltaNet(MegatronModule):
         tp = self.tp_group.size()
         self.allow_neg_eigval = allow_neg_eigval
         self.output_gate = output_gate
-        self.cp_exchange: state_passing.Exchange = cp_exchange
+        self.cp_comm: GdnCpCommType = cp_comm
         if config.linear_num_value_heads % tp or config.linear_num_key_heads % tp:
             raise ValueError(
                 f"--tensor-model-parallel-size {tp} does not divide the Gated DeltaNet heads "
@@ -122,6 +138,8 @@ class GatedDeltaNet(MegatronModule):
                 f"--linear-num-value-heads {config.linear_num_value_heads})"
             )
         self.key_heads = config.linear_num_key_heads // tp
+        if cp_comm == "a2a":
+            check_heads(self.key_heads, pg_collection.cp)
         self.value_heads = config.linear_num_value_heads // tp
         self.key_dim = config.linear_key_head_dim
         self.value_dim = config.linear_value_head_dim
@@ -195,43 +213,69 @@ class GatedDeltaNet(MegatronModule):
             raise NotImplementedError("GatedDeltaNet has no inference context: export the model to Hugging Face")
         projected = self.in_proj(hidden_states)[0].transpose(0, 1)  # [b, s, (2·Hk·K + 2·H·V)]
         ab = self.ab_proj(hidden_states)[0].transpose(0, 1)  # [b, s, 2·H]
-        rows, tokens = projected.shape[:2]
         if self.pg_collection.cp.size() > 1:
-            routes = routes_of(tokens, rows, packed_seq_params, self.pg_collection.cp, projected.device)
-            y = self._mix(projected.reshape(1, rows * tokens, -1), ab.reshape(1, rows * tokens, -1), routes=routes)
-            y = y.view(rows, tokens, -1)
+            y = self._context_parallel(projected, ab, packed_seq_params)
         else:
             bounds = packed_seq_params.cu_seqlens_q if packed_seq_params is not None else None
-            y = self._mix(projected, ab, cu_seqlens=bounds)
+            y = self._mix(projected, ab, self._heads(), cu_seqlens=bounds)
         return self.out_proj(y.transpose(0, 1).contiguous())[0], None
+
+    def _heads(self) -> _Heads:
+        return _Heads(self.key_heads, self.value_heads, self.conv1d.weight, self.A_log, self.dt_bias)
+
+    def _context_parallel(
+        self, projected: torch.Tensor, ab: torch.Tensor, packed_seq_params: PackedSeqParams | None
+    ) -> torch.Tensor:
+        """As `_mix`, for this rank's tokens of the sequence. Rows of a batch are documents of one packed row."""
+        rows, tokens = projected.shape[:2]
+        group = self.pg_collection.cp
+        routes = routes_of(tokens, rows, packed_seq_params, group, projected.device)
+        projected, ab = (x.reshape(rows * tokens, -1) for x in (projected, ab))
+        if self.cp_comm != "a2a":
+            y = self._mix(projected[None], ab[None], self._heads(), cu_seqlens=routes.cu_segments, routes=routes)
+            return y.view(rows, tokens, -1)
+        tp, per_head = self.tp_group.size(), (self.value_heads,)
+        in_sections, conv_sections = ([n // tp for n in sizes] for sizes in (self.in_sections, self.conv_sections))
+        heads = _Heads(
+            self.key_heads // group.size(),
+            self.value_heads // group.size(),
+            share(self.conv1d.weight, conv_sections, group),
+            share(self.A_log, per_head, group),
+            share(self.dt_bias, per_head, group),
+        )
+        projected = to_heads(projected, in_sections, routes, group)
+        ab = to_heads(ab, per_head * 2, routes, group)
+        y = self._mix(projected[None], ab[None], heads, cu_seqlens=routes.cu_documents)
+        return to_tokens(y[0], routes, group).view(rows, tokens, -1)
 
     def _mix(
         self,
         projected: torch.Tensor,
         ab: torch.Tensor,
+        heads: _Heads,
         cu_seqlens: torch.Tensor | None = None,
         routes: Routes | None = None,
     ) -> torch.Tensor:
         """Convolution, gated delta rule and gated norm: [b, s, 2·Hk·K + 2·H·V] and [b, s, 2·H] to [b, s, H·V].
 
-        routes: under context parallelism, where the tokens before each piece are; then b = 1.
+        cu_seqlens: bounds of documents, or with routes of this rank's pieces of documents; then b = 1.
+        routes: where the tokens before each piece are, to pass states.
         """
-        tp, group = self.tp_group.size(), self.pg_collection.cp
-        conv_width = sum(self.conv_sections) // tp
-        pre_conv, halo = projected[..., :conv_width], None
+        key_size, value_size = heads.key_heads * self.key_dim, heads.value_heads * self.value_dim
+        pre_conv, halo = projected[..., : 2 * key_size + value_size], None
         if routes is not None:
-            cu_seqlens, halo = routes.cu_segments, state_passing.conv_halo(pre_conv[0], routes, group)
-        qkv = reference.causal_conv_silu(pre_conv, self.conv1d.weight, cu_seqlens=cu_seqlens, initial_state=halo)
-        q, k, v = qkv.split([size // tp for size in self.conv_sections], dim=-1)
-        q, k = (reference.l2norm(x.unflatten(-1, (self.key_heads, self.key_dim))) for x in (q, k))
-        v = v.unflatten(-1, (self.value_heads, self.value_dim))
+            halo = state_passing.conv_halo(pre_conv[0], routes, self.pg_collection.cp)
+        qkv = reference.causal_conv_silu(pre_conv, heads.conv_weight, cu_seqlens=cu_seqlens, initial_state=halo)
+        q, k, v = qkv.split((key_size, key_size, value_size), dim=-1)
+        q, k = (reference.l2norm(x.unflatten(-1, (heads.key_heads, self.key_dim))) for x in (q, k))
+        v = v.unflatten(-1, (heads.value_heads, self.value_dim))
         a, b = ab.chunk(2, dim=-1)
-        g_fp32, beta = reference.gates(a, b, self.A_log, self.dt_bias, allow_neg_eigval=self.allow_neg_eigval)
+        gates = reference.gates(a, b, heads.A_log, heads.dt_bias, allow_neg_eigval=self.allow_neg_eigval)
         if routes is None:
-            o, _ = reference.gated_delta_rule_chunked(q, k, v, g_fp32, beta, cu_seqlens=cu_seqlens)
+            o, _ = reference.gated_delta_rule_chunked(q, k, v, *gates, cu_seqlens=cu_seqlens)
         else:
-            o = state_passing.gated_delta_rule(q, k, v, g_fp32, beta, routes, group, self.cp_exchange)
-        return self._gated_norm(o, projected[..., conv_width:]).flatten(-2)  # o: [b, s, H, V]
+            o = state_passing.gated_delta_rule(q, k, v, *gates, routes, self.pg_collection.cp, self.cp_comm)
+        return self._gated_norm(o, projected[..., 2 * key_size + value_size :]).flatten(-2)  # o: [b, s, H, V]
 
     def _gated_norm(self, o: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         weight = shared_by_heads(self.out_norm.weight, self.tp_group)

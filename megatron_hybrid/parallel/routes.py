@@ -57,6 +57,8 @@ class Routes:
         tails: [n] int64, local tokens that other ranks may need as halo; the same n on every rank.
         halo: [S, 3] int64, for each segment its three preceding tokens in the gathered tails, or W·n for none.
         documents, positions: [W, T/W] int64, document and position in it of every rank's tokens.
+        order: [T] int64, the tokens rank after rank (as gathered) in the order of the documents.
+        cu_documents: [N + 1] int32, bounds of the documents in that order.
     """
 
     world: int
@@ -70,6 +72,8 @@ class Routes:
     halo: torch.Tensor
     documents: torch.Tensor
     positions: torch.Tensor
+    order: torch.Tensor
+    cu_documents: torch.Tensor
 
     @property
     def slots(self) -> int:
@@ -140,6 +144,9 @@ def _build(lengths: tuple[int, ...], world: int, rank: int, layout: Layout, devi
         carries = [[float(bool(mine) and mine[-1].start > 0)]]
         incoming = [0 if i == 0 and segment.start > 0 else 1 for i, segment in enumerate(mine)]
 
+    documents, positions = (torch.stack(column) for column in zip(*tokens, strict=True))
+    order = torch.argsort(documents.flatten() * (max(lengths) + 1) + positions.flatten())
+
     def tensor(values: object, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
@@ -153,8 +160,10 @@ def _build(lengths: tuple[int, ...], world: int, rank: int, layout: Layout, devi
         incoming=tensor(incoming),
         tails=tensor(local_tails[rank]),
         halo=tensor(_halo(every, local_tails, rank)).view(len(mine), HALO),
-        documents=torch.stack([documents for documents, _ in tokens]).to(device),
-        positions=torch.stack([positions for _, positions in tokens]).to(device),
+        documents=documents.to(device),
+        positions=positions.to(device),
+        order=order.to(device),
+        cu_documents=tensor([0, *accumulate(lengths)], torch.int32),
     )
 
 

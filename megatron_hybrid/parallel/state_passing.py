@@ -127,7 +127,8 @@ def _by_all_gather(M: torch.Tensor, S: torch.Tensor, routes: Routes, group: dist
     """Everybody gets every pair and runs along the whole chain. [slots, N, H, K, V] states before each position."""
     key_dim = M.shape[-2]
     pairs = all_gather(torch.cat([M, S], dim=-1), group)  # [W, slots, N, H, K, K+V]
-    state = torch.zeros_like(S[0])
+    # The empty slice ties the first position to the pairs: its rank too must join their backward collective.
+    state = torch.cat([torch.zeros_like(S[0]), pairs[0, 0, ..., :0]], dim=-1)
     before = []
     for position, rank in enumerate(routes.owner):
         if rank == routes.rank:

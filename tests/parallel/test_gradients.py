@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from megatron_hybrid import model
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.modules import gated_delta_net, norms
+from megatron_hybrid.training import loss
 from tests.parallel import tiny
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import Layout
@@ -56,6 +58,14 @@ def _break(what: str) -> None:
     elif what == "q/k norm statistics stay on their rank":
         norms.reduce_from_tensor_model_parallel_region = lambda x, group: x
         norms.copy_to_tensor_model_parallel_region = lambda x, group: x
+    elif what == "loss multiplied by the context-parallel size":
+        summed = loss.sum_loss
+
+        def multiplied(*args: Any, **kwargs: Any) -> loss.LossParts:
+            total, count, report = summed(*args, **kwargs)
+            return total * parallel_state.get_context_parallel_world_size(), count, report
+
+        loss.sum_loss = multiplied
     elif what == "q/k statistics are not reduced in backward":
         norms.copy_to_tensor_model_parallel_region = lambda x, group: x
 

@@ -223,8 +223,8 @@ def sample(index: int) -> dict[str, torch.Tensor]:
     }
 
 
-#: Documents of a packed row of the same tokens: on CP 4 parts of 1, 8, 0, 3 and 6 tokens, halos over three parts.
-PACKED_LENGTHS = (8, 64, 0, 24, 48)
+#: Documents of a packed row of the same tokens, for CP 2, 3 and 4: parts of a few tokens, halos over several parts.
+PACKED_LENGTHS = (24, 48, 0, 24, 48)
 
 
 def packed_forward_step(batches: Iterator[Any] | None, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
