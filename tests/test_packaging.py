@@ -17,11 +17,13 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 #: What each part may import of the project. Later parts may import earlier ones, never the other way round.
 MAY_IMPORT = {
     "kernels": {"kernels"},
-    "modules": {"kernels", "modules"},
+    "modules": {"kernels", "modules", "parallel"},
     "layer_specs": {"kernels", "modules", "layer_specs", "config", "compat"},
     "__init__": set(),
     "model": {"modules", "layer_specs", "config"},
     "config": set(),
+    "flops": set(),
+    "parallel": {"kernels", "parallel", "flags", "flops"},
     "presets": set(),
     "flags": {"config", "presets", "tools"},
     "compat": {"cpu_backend"},
@@ -30,7 +32,10 @@ MAY_IMPORT = {
     "checkpoint": {"tools", "config"},
     "training": {"config"},
     "tools": {"tools", "config", "checkpoint"},
-    "pretrain": {"model", "layer_specs", "config", "presets", "flags", "compat", "checkpoint", "data", "training"},
+    "pretrain": {
+        *("model", "layer_specs", "config", "presets", "flags", "parallel"),
+        *("compat", "checkpoint", "data", "training"),
+    },
     "logits": {"pretrain", "flags"},
 }
 
