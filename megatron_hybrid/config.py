@@ -36,6 +36,18 @@ class HybridConfig:
         "should be faster), or exchange heads by all-to-all (Megatron's way; needs heads % (TP * CP) == 0)",
     )
     gdn_norm_epsilon: float = _flag(1e-5, "epsilon of the Gated DeltaNet output norm; all others: --norm-epsilon")
+    pipeline_layout: str = _flag(
+        "pattern",
+        "'pattern': pipeline stages as --hybrid-layer-pattern has them; 'auto': balance them by FLOPs, 'auto:V' with V "
+        "virtual stages per pipeline rank (the pattern then has no |)",
+    )
+
+    def __post_init__(self) -> None:
+        if self.pipeline_layout != "pattern":
+            raise ValueError(
+                f"--pipeline-layout {self.pipeline_layout}: only megatron_hybrid.pretrain plans a layout; elsewhere "
+                "paste what python -m megatron_hybrid.parallel.pipeline_layout prints"
+            )
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -176,7 +176,8 @@ def _check_pipeline(values: argparse.Namespace) -> None:
         legal = [n for n in range(1, len(pattern) + 1) if len(pattern) % n == 0]
         raise FlagError(
             f"--pipeline-model-parallel-size {pp}: does not divide {len(pattern)} layers; nearest legal: "
-            f"{min(legal, key=lambda n: abs(n - pp))}; or mark uneven stages with | in --hybrid-layer-pattern"
+            f"{min(legal, key=lambda n: abs(n - pp))}; or --pipeline-layout auto, "
+            "or mark uneven stages with | in --hybrid-layer-pattern"
         )
 
 

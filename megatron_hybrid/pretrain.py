@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_hybrid import compat
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.flags import FlagError, check, compose
+from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -112,6 +113,10 @@ def prepare(argv: Sequence[str]) -> argparse.Namespace:
         if problem := compat.python_problem():
             raise FlagError(problem)
         flags = compose(own.preset, rest, own.without)
+        if not own.help_all:
+            flags, planned = pipeline_layout.resolve(flags)
+            if planned and os.environ.get("RANK", "0") == "0":
+                print(planned, file=sys.stderr)
         if own.print_args:
             print("\n".join(_one_flag_a_line(flags)))
             raise SystemExit(0)

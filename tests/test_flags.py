@@ -102,6 +102,7 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "gdn_output_gate",
         "gdn_cp_comm_type",
         "gdn_norm_epsilon",
+        "pipeline_layout",
     }
 
 

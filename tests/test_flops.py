@@ -120,5 +120,5 @@ def test_linears_as_pytorch_counts_them() -> None:
 
 
 def test_needs_no_torch() -> None:
-    check = "import sys; from megatron_hybrid import flops; "
+    check = "import sys; from megatron_hybrid import flops; from megatron_hybrid.parallel import pipeline_layout; "
     subprocess.run([sys.executable, "-c", f"{check}assert not {{'torch', 'megatron'}} & set(sys.modules)"], check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +75,27 @@ def test_resumed_run_has_the_losses_of_an_uninterrupted_one(split: str, data: Pa
     for tag in ("lm loss", "grad-norm", "learning-rate"):
         assert list(found[tag].steps) == list(expected[tag].steps) == list(range(1, 7))
         np.testing.assert_array_equal(found[tag].values, expected[tag].values, err_msg=tag)
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The losses of six steps on one rank."""
+    run = tmp_path_factory.mktemp("straight")
+    run_ranks(_train, 1, _arguments(data, run))
+    return read_series(run / "tensorboard")["lm loss"]
+
+
+@pytest.mark.parametrize("layout", ["auto", "auto:2"])
+def test_megatrons_trainer_continues_on_the_planned_stages(
+    layout: str, straight: Any, data: Path, tmp_path: Path
+) -> None:
+    """Three steps on one rank, three more on two pipeline ranks: the losses of six steps on one rank."""
+    run_ranks(_train, 1, _arguments(data, tmp_path, "--exit-interval", "3"))
+    split = ["--pipeline-model-parallel-size", "2", "--pipeline-layout", layout]
+    run_ranks(_train, 2, _arguments(data, tmp_path, *split))
+    found = read_series(tmp_path / "tensorboard")["lm loss"]
+    assert list(found.steps) == list(straight.steps) == list(range(1, 7))
+    np.testing.assert_allclose(found.values, straight.values, rtol=1e-6)
 
 
 def test_checkpoint_folder_says_what_it_holds(data: Path, tmp_path: Path) -> None:
