@@ -17,8 +17,8 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 #: What each part may import of the project. Later parts may import earlier ones, never the other way round.
 MAY_IMPORT = {
     "kernels": {"kernels"},
-    "modules": {"kernels", "modules", "parallel"},
-    "layer_specs": {"kernels", "modules", "layer_specs", "config", "compat"},
+    "modules": {"kernels", "parallel", "modules"},
+    "layer_specs": {"kernels", "parallel", "modules", "layer_specs", "config", "compat"},
     "__init__": set(),
     "model": {"modules", "layer_specs", "config"},
     "config": set(),

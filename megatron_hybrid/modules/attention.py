@@ -93,13 +93,14 @@ class OlmoAttention(SelfAttention):
 
     def _rotate(self, x: torch.Tensor, angles: torch.Tensor, packed_seq_params: PackedSeqParams | None) -> torch.Tensor:
         """x [s, b, h, d], or packed [t, h, d]; angles of this rank's positions, or packed of positions 0, 1, …"""
-        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         group = self.pg_collection.cp
-        cu_seqlens = packed_seq_params.cu_seqlens_q if packed else None
+        cu_seqlens = None
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            cu_seqlens = packed_seq_params.cu_seqlens_q
         if self.config.apply_rope_fusion:  # the fused kernels compute in fp32 inside and know the zigzag layout
             return apply_rotary_pos_emb(x, angles, config=self.config, cu_seqlens=cu_seqlens, cp_group=group)
         argument = x.float()  # the unfused path computes in its argument's dtype
-        if packed and group.size() > 1:
+        if cu_seqlens is not None and group.size() > 1:
             routes = routes_of(x.shape[0], 1, packed_seq_params, group, x.device)
             argument, angles, cu_seqlens = argument.unsqueeze(1), angles[routes.positions[group.rank()]], None
         rotated = apply_rotary_pos_emb(argument, angles, config=self.config, cu_seqlens=cu_seqlens, cp_group=group)

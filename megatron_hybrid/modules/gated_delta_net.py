@@ -130,7 +130,8 @@ class GatedDeltaNet(MegatronModule):
         tp = self.tp_group.size()
         self.allow_neg_eigval = allow_neg_eigval
         self.output_gate = output_gate
-        self.cp_comm: GdnCpCommType = cp_comm
+        self.exchange_heads = cp_comm == "a2a"
+        self.cp_exchange: state_passing.Exchange = "auto" if cp_comm == "a2a" else cp_comm
         if config.linear_num_value_heads % tp or config.linear_num_key_heads % tp:
             raise ValueError(
                 f"--tensor-model-parallel-size {tp} does not divide the Gated DeltaNet heads "
@@ -138,7 +139,7 @@ class GatedDeltaNet(MegatronModule):
                 f"--linear-num-value-heads {config.linear_num_value_heads})"
             )
         self.key_heads = config.linear_num_key_heads // tp
-        if cp_comm == "a2a":
+        if self.exchange_heads:
             check_heads(self.key_heads, pg_collection.cp)
         self.value_heads = config.linear_num_value_heads // tp
         self.key_dim = config.linear_key_head_dim
@@ -231,7 +232,7 @@ class GatedDeltaNet(MegatronModule):
         group = self.pg_collection.cp
         routes = routes_of(tokens, rows, packed_seq_params, group, projected.device)
         projected, ab = (x.reshape(rows * tokens, -1) for x in (projected, ab))
-        if self.cp_comm != "a2a":
+        if not self.exchange_heads:
             y = self._mix(projected[None], ab[None], self._heads(), cu_seqlens=routes.cu_segments, routes=routes)
             return y.view(rows, tokens, -1)
         tp, per_head = self.tp_group.size(), (self.value_heads,)
@@ -274,7 +275,7 @@ class GatedDeltaNet(MegatronModule):
         if routes is None:
             o, _ = reference.gated_delta_rule_chunked(q, k, v, *gates, cu_seqlens=cu_seqlens)
         else:
-            o = state_passing.gated_delta_rule(q, k, v, *gates, routes, self.pg_collection.cp, self.cp_comm)
+            o = state_passing.gated_delta_rule(q, k, v, *gates, routes, self.pg_collection.cp, self.cp_exchange)
         return self._gated_norm(o, projected[..., 2 * key_size + value_size :]).flatten(-2)  # o: [b, s, H, V]
 
     def _gated_norm(self, o: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

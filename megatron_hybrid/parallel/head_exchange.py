@@ -42,8 +42,8 @@ def check_heads(heads: int, group: dist.ProcessGroup) -> None:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(
             f"--gdn-cp-comm-type a2a: --context-parallel-size {group.size()} does not divide the {heads} "
-            f"Gated DeltaNet heads of a tensor-parallel rank; legal: {', '.join(map(str, legal))}; or leave the flag out: passing "
-            "states has no such condition"
+            f"Gated DeltaNet heads of a tensor-parallel rank; legal: {', '.join(map(str, legal))}; "
+            "or leave the flag out: passing states has no such condition"
         )
 
 

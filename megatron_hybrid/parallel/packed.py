@@ -62,7 +62,7 @@ def routes_of(
         packed: of a packed batch; without it every row is one document in Megatron's zigzag layout.
 
     Raises:
-        ValueError: a packed batch without routes.
+        ValueError: a packed batch without routes, or documents that are not the tokens of the batch.
     """
     if packed is None:
         return build_routes((tokens * group.size(),) * rows, group.size(), group.rank(), "zigzag", device)
@@ -71,5 +71,11 @@ def routes_of(
         raise ValueError(
             "packed documents under context parallelism need their routes, built once per batch: "
             "make the packed_seq_params with megatron_hybrid.parallel.packed.pack"
+        )
+    described = routes.positions.shape[1]
+    if described != tokens:
+        raise ValueError(
+            f"packed documents of {described * group.size()} tokens describe a sequence of {tokens * group.size()}: "
+            "their lengths must add up to the sequence, padding included"
         )
     return routes

@@ -136,3 +136,14 @@ def test_packed_documents_are_the_documents_alone(references: dict[bool, dict[st
 
     packed, _ = run_ranks(_logits, 1, Layout(), weights / "True", None)[0]
     torch.testing.assert_close(packed, torch.cat(run_ranks(alone, 1)[0]), rtol=0, atol=1e-5)
+
+
+def _documents_longer_than_the_sequence(rank: int) -> None:
+    chunks = tiny.build(Layout(cp=2))
+    tokens = torch.zeros(1, 24, dtype=torch.int64)
+    chunks[0](tokens, tokens, None, packed_seq_params=pack((64,), 2, rank))
+
+
+def test_documents_longer_than_the_sequence_are_refused() -> None:
+    with pytest.raises(AssertionError, match="packed documents of 64 tokens describe a sequence of 48"):
+        run_ranks(_documents_longer_than_the_sequence, 2)
