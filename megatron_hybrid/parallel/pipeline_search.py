@@ -30,7 +30,7 @@ from itertools import accumulate, permutations, product
 from megatron_hybrid.parallel.pipeline_schedule import play
 
 #: Steps of one search before it gives up: some tenths of a second.
-SEARCH_STEPS = 20_000
+SEARCH_STEPS = 8_000
 
 #: Passes played through while single layers are moved: some tenths of a second.
 PLAYED_PASSES = 300_000
