@@ -14,7 +14,7 @@ from megatron_hybrid.flags import FlagError, check, compose
 from megatron_hybrid.presets import PRESETS
 
 REFUSED = [
-    (["--tensor-model-parallel-size", "4"], ["--tensor-model-parallel-size 4", "30", "nearest legal: 2", "1, 2"]),
+    (["--tensor-model-parallel-size", "32"], ["--tensor-model-parallel-size 32", "30", "nearest legal: 30", "1 to 30"]),
     (["--tensor-model-parallel-size", "0"], ["--tensor-model-parallel-size 0", "nearest legal: 1"]),
     (["--num-layers", "31"], ["--num-layers 31", "has 32 layers", "--num-layers 32"]),
     (["--hybrid-layer-pattern", "GGG-"], ["--hybrid-layer-pattern GGG-", "'-'", "legal: G, *, |"]),
@@ -39,8 +39,10 @@ def test_refused_in_one_line(given: list[str], said: list[str]) -> None:
         assert part in message
 
 
-def test_the_7b_preset_passes() -> None:
-    check(compose("olmo-hybrid-7b", ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "8"]))
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_the_7b_preset_passes(tp: int) -> None:
+    sizes = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", "8"]
+    check(compose("olmo-hybrid-7b", sizes))
 
 
 def test_unknown_preset_names_the_nearest() -> None:
@@ -63,7 +65,7 @@ def test_without_a_flag_that_the_preset_does_not_set() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--preset", "olmo-hybrid-7b", "--tensor-model-parallel-size", "4"], "nearest legal: 2"),
+        (["--preset", "olmo-hybrid-7b", "--tensor-model-parallel-size", "32"], "nearest legal: 30"),
         (["--preset", "nothing"], "--preset nothing: unknown"),
     ],
 )

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "modules": {"kernels", "parallel", "modules"},
     "layer_specs": {"kernels", "parallel", "modules", "layer_specs", "config", "compat"},
     "__init__": set(),
-    "model": {"modules", "layer_specs", "config"},
+    "model": {"modules", "parallel", "layer_specs", "config"},
     "config": set(),
     "presets": set(),
     "flags": {"config", "presets", "tools"},
@@ -31,7 +31,9 @@ MAY_IMPORT = {
     "checkpoint": {"tools", "config"},
     "training": {"config"},
     "tools": {"tools", "config", "checkpoint"},
-    "pretrain": {"model", "layer_specs", "config", "presets", "flags", "compat", "checkpoint", "data", "training"},
+    "pretrain": {
+        *("model", "parallel", "layer_specs", "config", "presets", "flags", "compat", "checkpoint", "data", "training")
+    },
     "logits": {"pretrain", "flags"},
 }
 
