@@ -154,11 +154,21 @@ def _set_vocabulary(args: argparse.Namespace, flags: Sequence[str]) -> None:
 
 
 def _say_what_is_padded(args: argparse.Namespace) -> None:
+    """One line at start.
+
+    Raises:
+        FlagError: a flag under which padding could not be zeroed where the model is built.
+    """
     from megatron_hybrid.parallel.head_padding import Sizes, summary
 
     sizes, tp = Sizes.of(vars(args)), args.tensor_model_parallel_size
     line = summary(sizes, tp, args.hybrid_layer_pattern, args.padded_vocab_size)
-    if line and args.rank == 0:
+    if not line:
+        return
+    for flag in ("init-model-with-meta-device", "fp8-param-gather", "fp4-param-gather"):
+        if getattr(args, flag.replace("-", "_"), False):
+            raise FlagError(f"--{flag}: not supported where tensor parallelism pads ({line}); leave it out")
+    if args.rank == 0:
         print(line, file=sys.stderr)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,17 @@ def test_other_python_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         pretrain.prepare(["--preset", "olmo-hybrid-tiny"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: python 3.11.7: megatron-core 0.19.2 needs 3.12")
+
+
+@pytest.mark.parametrize("flag", ["init_model_with_meta_device", "fp8_param_gather", "fp4_param_gather"])
+def test_padding_that_could_not_be_zeroed_is_refused(flag: str) -> None:
+    sizes = {"num_attention_heads": 30, "hidden_size": 3840, "ffn_hidden_size": 11008}
+    args = argparse.Namespace(**sizes, hybrid_layer_pattern="*", padded_vocab_size=100352, rank=0, **{flag: True})
+    args.tensor_model_parallel_size = 2
+    pretrain._say_what_is_padded(args)
+    args.tensor_model_parallel_size = 4
+    with pytest.raises(FlagError, match=f"{flag.replace('_', '-')}: not supported .*heads 30 to 32"):
+        pretrain._say_what_is_padded(args)
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

@@ -97,6 +97,7 @@ def test_padded_tensor_parallel_size_resumes_under_another(
         shutil.copytree(straight / "checkpoints", resumed / "checkpoints")
         (resumed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
         flags = ["--tensor-model-parallel-size", str(tp), "--use-distributed-optimizer", "--save-interval", "100"]
+        flags += ["--ckpt-fully-parallel-load"]
         run_ranks(_train, tp, _arguments(data, resumed, *flags))
         np.testing.assert_allclose(losses(resumed), losses(straight)[3:], rtol=0, atol=2e-5)
 

@@ -180,8 +180,16 @@ class Split:
 def describe_split(
     param: torch.Tensor | None, parts: Sequence[Part], tp_group: torch.distributed.ProcessGroup, dim: int = 0
 ) -> None:
-    """Note on a parameter how it is split, and zero its padding. None is a bias that is not there."""
-    if param is None:
+    """Note on a parameter how it is split, and zero its padding.
+
+    Args:
+        param: None or empty is a bias that is not there.
+        parts: what dimension `dim` consists of, sizes over all ranks.
+
+    Raises:
+        ValueError: the parts do not add up to the parameter's size.
+    """
+    if param is None or not param.numel():
         return
     split = Split(dim, tuple(parts), tp_group.rank(), tp_group.size())
     size = sum(part.padded for part in parts) // split.ranks

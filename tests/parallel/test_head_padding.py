@@ -16,7 +16,7 @@ from megatron_hybrid import model
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.modules.norms import QKNorm
 from megatron_hybrid.parallel import head_padding
-from megatron_hybrid.parallel.head_padding import Sizes, rounded_up, split_of, summary
+from megatron_hybrid.parallel.head_padding import Sizes, real_numel, rounded_up, split_of, summary
 from tests.parallel import tiny
 from tests.parallel.ranks import run_ranks
 from tests.parallel.test_gradients import STAGES, TOLERANCE, _differences, _measure
@@ -128,6 +128,19 @@ def test_other_architectures_too(options: HybridConfig, sizes: dict[str, Any], t
 def test_without_the_remedy_it_differs(broken: str, reference: dict[str, Any], weights: Path) -> None:
     differences = _differences(reference, run_ranks(_split, 4, Layout(tp=4), weights, None, ODD, broken))
     assert max(differences.values()) > 100 * TOLERANCE
+
+
+def _count(rank: int, layout: Layout) -> tuple[int, int]:
+    """Parameters that are split over ranks, and all, without padding."""
+    chunk = tiny.build(_odd(layout, ODD))[0]
+    split = sum(real_numel(param) for param in chunk.parameters() if split_of(param))
+    return split, model.count_parameters([chunk])
+
+
+def test_padding_is_not_counted() -> None:
+    whole, on_four = run_ranks(_count, 1, Layout())[0], run_ranks(_count, 4, Layout(tp=4))
+    assert sum(split for split, _ in on_four) == whole[0]
+    assert {count - split for split, count in on_four} == {whole[1] - whole[0]}
 
 
 def _train(rank: int, layout: Layout, zeroed: bool) -> dict[str, float]:
