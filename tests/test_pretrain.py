@@ -86,7 +86,6 @@ def test_padded_tensor_parallel_size_resumes_under_another(
         return np.array(read_series(run / "tensorboard")["lm loss"].values)
 
     tp4 = ["--tensor-model-parallel-size", "4", "--sequence-parallel", "--save-interval", "3"]
-    tp4 += ["--use-distributed-optimizer"]
     straight = tmp_path / "straight"
     run_ranks(_train, 4, _arguments(data, straight, *tp4))
     assert "--tensor-model-parallel-size 4: padded with zeros: heads 6 to 8 (+33.3 %)" in capfd.readouterr().err
@@ -96,8 +95,7 @@ def test_padded_tensor_parallel_size_resumes_under_another(
         resumed = tmp_path / f"tp{tp}"
         shutil.copytree(straight / "checkpoints", resumed / "checkpoints")
         (resumed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
-        flags = ["--tensor-model-parallel-size", str(tp), "--use-distributed-optimizer", "--save-interval", "100"]
-        flags += ["--ckpt-fully-parallel-load"]
+        flags = ["--tensor-model-parallel-size", str(tp), "--save-interval", "100", "--ckpt-fully-parallel-load"]
         run_ranks(_train, tp, _arguments(data, resumed, *flags))
         np.testing.assert_allclose(losses(resumed), losses(straight)[3:], rtol=0, atol=2e-5)
 

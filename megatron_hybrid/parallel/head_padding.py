@@ -3,7 +3,7 @@
 Thirty heads on four ranks become thirty-two. The padding stands at the end, so the last ranks hold fewer real heads,
 or none. It costs time and memory, nothing else: 30 heads padded to 32 are 6.7 % more mixer (projections, recurrence,
 attention), on every rank, since all wait for the fullest. The FFN and the vocabulary keep the alignment (up to 16)
-that their width had and that GEMMs need; at 7B that is 0.3 % at most up to TP 8.
+that their width had and that GEMMs need; at 7B that is 0.3 % at TP 3, 5 and 6, and nothing at 2, 4 and 8.
 
 **Why padding stays zero.** A padded head has zero rows in q, k, v (and z, a, b, convolution, q/k-norm weight) and zero
 columns in the output projection W. Its value is zero, hence its output y: GDN's gated norm of 0 is 0, attention

@@ -22,7 +22,7 @@ from tests.parallel import tiny
 from tests.parallel.ranks import run_ranks
 from tests.parallel.test_gradients import STAGES
 from tests.parallel.test_head_padding import ODD, VOCABULARY, _odd, _padding
-from tests.parallel.test_resharding import TOLERANCE, _state, _train
+from tests.parallel.test_resharding import _state, _train
 from tests.parallel.tiny import Layout
 from tests.tools.tiny_model import sidecar
 
@@ -37,8 +37,8 @@ TP8_SP = Layout(tp=8, sp=True, distributed_optimizer=True)
 BF16_TP4 = Layout(tp=4, bf16=True, distributed_optimizer=True)
 BF16_PP2 = Layout(pp=2, pattern=STAGES, bf16=True, distributed_optimizer=True)
 
-#: Before any step of its own, a resumed run differs by the order of sums only. Afterwards: `test_resharding`.
-FIRST_LOSS_TOLERANCE = 1e-6
+#: Of the losses and, relative, of the gradient norms of a resumed run, which order their sums differently.
+TOLERANCE = 1e-6, 1e-5
 
 
 def _save(trainer: tiny.Trainer, folder: Path) -> None:
@@ -114,8 +114,9 @@ def test_continues_under_another_size(first: Layout, second: Layout, written: An
     count, differing = _differing(source, tmp_path / "again")
     assert not differing and count > 4 * 60  # weights, master weights and two moments, in 8 layers
     assert not max(result["padding"] for result in results)
-    differences = (torch.tensor(straight) - torch.tensor(results[0]["resumed"])).abs()
-    assert differences[0, 0] <= FIRST_LOSS_TOLERANCE and differences.max() <= TOLERANCE, (straight, results[0])
+    expected, found = (torch.tensor(run, dtype=torch.float64) for run in (straight, results[0]["resumed"]))
+    differences = (expected - found).abs() / torch.stack([torch.ones(2), expected[:, 1]], dim=1)
+    assert (differences <= torch.tensor(TOLERANCE)).all(), (straight, results[0])
 
 
 def test_stored_shapes_are_the_model_s(written: Any) -> None:
