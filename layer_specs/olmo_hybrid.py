@@ -19,7 +19,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
@@ -27,6 +27,7 @@ from megatron_hybrid.compat import use_transformer_engine
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.modules.attention import OlmoAttention, SdpaAttention
 from megatron_hybrid.modules.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron_hybrid.modules.mlp import PaddedMLP
 from megatron_hybrid.modules.norms import RMSNorm, post_normed
 
 Implementation = Literal["auto", "local", "transformer_engine"]
@@ -81,7 +82,7 @@ def _layer(mixer: ModuleSpec, backend: Backend, row_linear: type, norm_first: bo
             self_attention=mixer,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+            mlp=partial(PaddedMLP.as_mlp_submodule, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
         ),
     )

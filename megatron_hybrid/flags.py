@@ -20,9 +20,6 @@ ALTERNATIVES = (
 
 _DATA_FLAGS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
 
-#: Largest tensor-parallel degree considered when naming the legal ones.
-_MAX_TP = 64
-
 
 class FlagError(ValueError):
     """A flag that cannot work; the message is one line: flag, value, what is legal."""
@@ -78,8 +75,6 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         ("num-attention-heads", None),
         ("num-query-groups", None),
         ("linear-num-key-heads", None),
-        ("linear-num-value-heads", None),
-        ("ffn-hidden-size", None),
         ("seq-length", None),
         ("train-iters", None),
         ("lr-decay-iters", None),
@@ -141,24 +136,18 @@ def _check_pattern(values: argparse.Namespace) -> None:
 
 
 def _check_tensor_parallel(values: argparse.Namespace) -> None:
+    """Heads need not divide (`parallel/head_padding.py`); with more ranks than heads, some would hold padding only."""
     tp = values.tensor_model_parallel_size
-    sizes = {
-        "--num-attention-heads": values.num_attention_heads,
-        "--num-query-groups": values.num_query_groups,
-        "--ffn-hidden-size": values.ffn_hidden_size,
-    }
+    heads = {"--num-attention-heads": values.num_attention_heads, "--num-query-groups": values.num_query_groups}
     if "G" in values.hybrid_layer_pattern:
-        sizes["--linear-num-key-heads"] = values.linear_num_key_heads
-        sizes["--linear-num-value-heads"] = values.linear_num_value_heads
-    sizes = {flag: size for flag, size in sizes.items() if size}
-    broken = {flag: size for flag, size in sizes.items() if tp < 1 or size % tp}
-    if broken:
-        legal = [n for n in range(1, _MAX_TP + 1) if all(size % n == 0 for size in sizes.values())]
-        nearest = min(legal, key=lambda n: (abs(n - tp), n))
-        reasons = ", ".join(f"{flag} {size}" for flag, size in broken.items())
+        heads["--linear-num-key-heads"] = values.linear_num_key_heads
+    heads = {flag: count for flag, count in heads.items() if count}
+    most = min(heads.values(), default=tp)
+    if not 1 <= tp <= most:
+        fewest = ", ".join(f"{flag} {count}" for flag, count in heads.items() if count == most)
         raise FlagError(
-            f"--tensor-model-parallel-size {tp}: must divide {reasons}; nearest legal: {nearest}; "
-            f"legal: {', '.join(map(str, legal))}"
+            f"--tensor-model-parallel-size {tp}: must be at least 1 and at most {fewest}; "
+            f"nearest legal: {min(max(tp, 1), most)}; legal: 1 to {most} (heads need not divide: they are padded)"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_hybrid.flags import FlagError, check, compose
 from megatron_hybrid.presets import PRESETS
 
 REFUSED = [
-    (["--tensor-model-parallel-size", "4"], ["--tensor-model-parallel-size 4", "30", "nearest legal: 2", "1, 2"]),
+    (["--tensor-model-parallel-size", "32"], ["--tensor-model-parallel-size 32", "30", "nearest legal: 30", "1 to 30"]),
     (["--tensor-model-parallel-size", "0"], ["--tensor-model-parallel-size 0", "nearest legal: 1"]),
     (["--num-layers", "31"], ["--num-layers 31", "has 32 layers", "--num-layers 32"]),
     (["--hybrid-layer-pattern", "GGG-"], ["--hybrid-layer-pattern GGG-", "'-'", "legal: G, *, |"]),
@@ -39,8 +40,10 @@ def test_refused_in_one_line(given: list[str], said: list[str]) -> None:
         assert part in message
 
 
-def test_the_7b_preset_passes() -> None:
-    check(compose("olmo-hybrid-7b", ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "8"]))
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_the_7b_preset_passes(tp: int) -> None:
+    sizes = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", "8"]
+    check(compose("olmo-hybrid-7b", sizes))
 
 
 def test_unknown_preset_names_the_nearest() -> None:
@@ -63,7 +66,7 @@ def test_without_a_flag_that_the_preset_does_not_set() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--preset", "olmo-hybrid-7b", "--tensor-model-parallel-size", "4"], "nearest legal: 2"),
+        (["--preset", "olmo-hybrid-7b", "--tensor-model-parallel-size", "32"], "nearest legal: 30"),
         (["--preset", "nothing"], "--preset nothing: unknown"),
     ],
 )
@@ -82,6 +85,17 @@ def test_other_python_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         pretrain.prepare(["--preset", "olmo-hybrid-tiny"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: python 3.11.7: megatron-core 0.19.2 needs 3.12")
+
+
+@pytest.mark.parametrize("flag", ["init_model_with_meta_device", "fp8_param_gather", "fp4_param_gather"])
+def test_padding_that_could_not_be_zeroed_is_refused(flag: str) -> None:
+    sizes = {"num_attention_heads": 30, "hidden_size": 3840, "ffn_hidden_size": 11008}
+    args = argparse.Namespace(**sizes, hybrid_layer_pattern="*", padded_vocab_size=100352, rank=0, **{flag: True})
+    args.tensor_model_parallel_size = 2
+    pretrain._say_what_is_padded(args)
+    args.tensor_model_parallel_size = 4
+    with pytest.raises(FlagError, match=f"{flag.replace('_', '-')}: not supported .*heads 30 to 32"):
+        pretrain._say_what_is_padded(args)
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

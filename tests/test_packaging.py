@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "modules": {"kernels", "parallel", "modules"},
     "layer_specs": {"kernels", "parallel", "modules", "layer_specs", "config", "compat"},
     "__init__": set(),
-    "model": {"modules", "layer_specs", "config"},
+    "model": {"modules", "parallel", "layer_specs", "config"},
     "config": set(),
     "flops": set(),
     "parallel": {"kernels", "parallel", "flags", "flops"},

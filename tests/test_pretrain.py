@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,29 @@ def test_megatrons_trainer_continues_on_the_planned_stages(
     found = read_series(tmp_path / "tensorboard")["lm loss"]
     assert list(found.steps) == list(straight.steps) == list(range(1, 7))
     np.testing.assert_allclose(found.values, straight.values, rtol=1e-6)
+
+
+def test_padded_tensor_parallel_size_resumes_under_another(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """6 heads and 512 rows on 4 ranks, then on 1 and on 5: what the arguments in the checkpoint say fits all."""
+
+    def losses(run: Path) -> np.ndarray:
+        return np.array(read_series(run / "tensorboard")["lm loss"].values)
+
+    tp4 = ["--tensor-model-parallel-size", "4", "--sequence-parallel", "--save-interval", "3"]
+    straight = tmp_path / "straight"
+    run_ranks(_train, 4, _arguments(data, straight, *tp4))
+    assert "--tensor-model-parallel-size 4: padded with zeros: heads 6 to 8 (+33.3 %)" in capfd.readouterr().err
+    described = json.loads((straight / "checkpoints" / "megatron_hybrid.json").read_text())
+    assert (described["num_attention_heads"], described["linear_num_value_heads"]) == (6, 6)
+    for tp in (1, 5):
+        resumed = tmp_path / f"tp{tp}"
+        shutil.copytree(straight / "checkpoints", resumed / "checkpoints")
+        (resumed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+        flags = ["--tensor-model-parallel-size", str(tp), "--save-interval", "100", "--ckpt-fully-parallel-load"]
+        run_ranks(_train, tp, _arguments(data, resumed, *flags))
+        np.testing.assert_allclose(losses(resumed), losses(straight)[3:], rtol=0, atol=2e-5)
 
 
 def test_checkpoint_folder_says_what_it_holds(data: Path, tmp_path: Path) -> None:

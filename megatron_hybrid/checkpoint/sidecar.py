@@ -24,17 +24,16 @@ def describe(
     """The model in the words of transformers' OlmoHybridConfig where that has them.
 
     Args:
-        args: parsed Megatron arguments.
-        true_vocab_size: tokens of the tokenizer. `vocab_size` rounds it up to --make-vocab-size-divisible-by, so
-            that it does not depend on the tensor-parallel padding of the stored tensors.
+        args: parsed Megatron arguments, sizes without padding for tensor parallelism. `padded_vocab_size` is
+            the tokenizer's rounded up to --make-vocab-size-divisible-by: rows of the stored vocabulary matrices.
+        true_vocab_size: tokens of the tokenizer.
     """
-    multiple = args.make_vocab_size_divisible_by
     has_rope = args.position_embedding_type == "rope"
     return {
         "format": FORMAT,
         "model_type": "olmo_hybrid",
         "hybrid_layer_pattern": args.hybrid_layer_pattern.replace("|", ""),
-        "vocab_size": -(-true_vocab_size // multiple) * multiple,
+        "vocab_size": args.padded_vocab_size,
         "true_vocab_size": true_vocab_size,
         "hidden_size": args.hidden_size,
         "intermediate_size": args.ffn_hidden_size,

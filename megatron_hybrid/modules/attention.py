@@ -19,6 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_hybrid.modules.norms import QKNorm, QKNormWidth
+from megatron_hybrid.parallel.head_padding import Part, describe_split, true_sizes
 from megatron_hybrid.parallel.packed import routes_of
 from megatron_hybrid.parallel.state_passing import all_gather
 
@@ -55,6 +56,18 @@ class OlmoAttention(SelfAttention):
                 self.hidden_size_per_attention_head,
                 self.pg_collection.tp,
             )
+        self._describe_splits()
+
+    def _describe_splits(self) -> None:
+        """Rows of linear_qkv are group after group: its query heads, its key, its value."""
+        true, group = true_sizes(self.config), self.pg_collection.tp
+        per_group = true.heads // true.groups
+        rows = (per_group + 2) * self.hidden_size_per_attention_head
+        columns = per_group * self.hidden_size_per_attention_head
+        groups = self.config.num_query_groups
+        for param in (self.linear_qkv.weight, self.linear_qkv.bias):
+            describe_split(param, [Part(true.groups * rows, groups * rows)], group)
+        describe_split(self.linear_proj.weight, [Part(true.groups * columns, groups * columns)], group, dim=1)
 
     def forward(
         self,

@@ -10,14 +10,13 @@ without sequence parallelism; OLMo's initialisation; the projection split in two
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -34,6 +33,7 @@ from megatron_hybrid.modules.init import Sampler, TruncatedNormal, init_sharded_
 from megatron_hybrid.modules.norms import HeadNorm, shared_by_heads
 from megatron_hybrid.parallel import state_passing
 from megatron_hybrid.parallel.head_exchange import check_heads, share, to_heads, to_tokens
+from megatron_hybrid.parallel.head_padding import Part, describe_split, true_sizes, without_padding
 from megatron_hybrid.parallel.packed import routes_of
 from megatron_hybrid.parallel.routes import Routes
 
@@ -136,7 +136,7 @@ class GatedDeltaNet(MegatronModule):
             raise ValueError(
                 f"--tensor-model-parallel-size {tp} does not divide the Gated DeltaNet heads "
                 f"(--linear-num-key-heads {config.linear_num_key_heads}, "
-                f"--linear-num-value-heads {config.linear_num_value_heads})"
+                f"--linear-num-value-heads {config.linear_num_value_heads}); parallel/head_padding.py rounds them up"
             )
         self.key_heads = config.linear_num_key_heads // tp
         if self.exchange_heads:
@@ -171,6 +171,24 @@ class GatedDeltaNet(MegatronModule):
             tp_group=self.tp_group,
             name=f"{name}.out_proj" if name else None,
         )
+        self._describe_splits()
+
+    def _describe_splits(self) -> None:
+        """What each parameter consists of: its parts' stored names, and which heads are padding."""
+        sizes = true_sizes(self.config)
+        heads, key_heads = sizes.gdn_value_heads, sizes.gdn_key_heads
+        true = [key_heads * self.key_dim] * 2 + [heads * self.value_dim] * 2
+        names = ("query", "key", "value", "z")
+        projected = [Part(*part) for part in zip(true, self.in_sections, names, strict=False)]
+        per_head = Part(heads, self.config.linear_num_value_heads)
+        out = Part(heads * self.value_dim, self.conv_sections[2])
+        group = self.tp_group
+        describe_split(self.in_proj.weight, projected, group)
+        describe_split(self.ab_proj.weight, [replace(per_head, name=n) for n in ("alpha", "beta")], group)
+        describe_split(self.conv1d.weight, projected[:3], group)
+        describe_split(self.A_log, [per_head], group)
+        describe_split(self.dt_bias, [per_head], group)
+        describe_split(self.out_proj.weight, [out], group, dim=1)
 
     def _input_linear(self, spec: ModuleSpec | type, size: int, name: str | None, suffix: str) -> Any:
         return build_module(
@@ -287,7 +305,7 @@ class GatedDeltaNet(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Every projection is stored as its parts (query, key, value, z; alpha, beta), so that TP can change."""
+        """Projections are stored as their parts (query, key, value, z; alpha, beta), real heads only: TP can change."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         per_head = {"A_log": self.A_log, "dt_bias": self.dt_bias}
         state = make_sharded_tensors_for_checkpoint(
@@ -302,17 +320,7 @@ class GatedDeltaNet(MegatronModule):
             state.update(
                 sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata, self.tp_group)
             )
-        heads = self.config.linear_num_value_heads
-        parts = ("query", "key", "value", "z")
-        for key, sections, names in (
-            ("in_proj", self.in_sections, parts[: len(self.in_sections)]),
-            ("ab_proj", (heads, heads), ("alpha", "beta")),
-            ("conv1d", self.conv_sections, parts[:3]),
-        ):
-            full = f"{prefix}{key}.weight"
-            local = [size // self.tp_group.size() for size in sections]
-            state[full] = _split_tensor_factory(state[full], local, list(names), 0)
-        return state
+        return without_padding(state)
 
     def backward_dw(self) -> None:
         """Weight gradients of the linears, when Megatron delays them."""

@@ -31,6 +31,8 @@ PACKED = [
     Layout(packed=True, tp=2, sp=True, cp=2),
     Layout(packed=True, pp=2, pattern=STAGES, cp=2),
     Layout(packed=True, tp=2, sp=True, pp=2, pattern=STAGES, cp=2),
+    Layout(packed=True, tp=4, sp=True, cp=2),
+    Layout(packed=True, tp=4, pp=2, pattern=STAGES),
 ]
 
 
