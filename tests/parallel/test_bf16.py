@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.parallel import tiny
+from tests.parallel.compare import STAGES, measure, split
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_gradients import STAGES, _measure, _split
 from tests.parallel.tiny import Layout
 
 #: Of the loss and of the gradient norm.
@@ -37,12 +37,12 @@ def _references(rank: int, folder: Path, packed: bool) -> dict[str, dict[str, An
     tiny.unsettle(chunks)
     tiny.save_weights(chunks, folder)
     weights = {name: param.detach().float() for name, param in chunks[0].named_parameters()}
-    found = {"bf16": _measure(half, chunks)}
+    found = {"bf16": measure(half, chunks)}
     chunks = tiny.build(single)
     with torch.no_grad():
         for name, param in chunks[0].named_parameters():
             param.copy_(weights[name])
-    return {**found, "fp32": _measure(single, chunks)}
+    return {**found, "fp32": measure(single, chunks)}
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,13 @@ def _distance(grads: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) ->
 def test_no_further_from_fp32_than_one_rank(layout: Layout, references: dict[Any, Any]) -> None:
     layout = replace(layout, bf16=True)
     reference = references[layout.packed]
-    results = run_ranks(_split, layout.ranks, layout, references["folder"] / str(layout.packed), None, "")
+    results = run_ranks(split, layout.ranks, layout, references["folder"] / str(layout.packed))
     total = max((r["loss"] for r in results), key=lambda t: t[1])
     one = reference["bf16"]["loss"]
     assert float(total[0] / total[1]) == pytest.approx(float(one[0] / one[1]), rel=TOLERANCE)
     assert results[0]["norm"] == pytest.approx(reference["bf16"]["norm"], rel=TOLERANCE)
     exact = tiny.assemble([reference["fp32"]["grads"]])
-    split = _distance(tiny.assemble([r["grads"] for r in results]), exact)
+    distance = _distance(tiny.assemble([r["grads"] for r in results]), exact)
     alone = _distance(tiny.assemble([reference["bf16"]["grads"]]), exact)
-    print(f"relative distance from fp32: split {split:.4f}, one rank {alone:.4f}")
-    assert split <= ERROR_RATIO * alone
+    print(f"relative distance from fp32: split {distance:.4f}, one rank {alone:.4f}")
+    assert distance <= ERROR_RATIO * alone

@@ -1,4 +1,4 @@
-"""Context parallelism by state passing, in the whole model: loss and every gradient as on one rank, packed or not."""
+"""Context parallelism in the whole model: every way of communicating, leaks, refusals. Layouts: test_matrix."""
 
 from __future__ import annotations
 
@@ -12,54 +12,9 @@ from megatron.core import parallel_state
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.parallel.packed import pack
 from tests.parallel import tiny
+from tests.parallel.compare import assert_same, differences, split
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_gradients import STAGES, TOLERANCE, _differences, _measure, _split
 from tests.parallel.tiny import Layout
-
-DENSE = [
-    Layout(cp=2),
-    Layout(cp=4),
-    Layout(tp=2, cp=2),
-    Layout(tp=2, sp=True, cp=4),
-    Layout(pp=2, pattern=STAGES, cp=2, distributed_optimizer=True),
-    Layout(tp=2, sp=True, pp=2, pattern=STAGES, cp=2),
-]
-PACKED = [
-    Layout(packed=True, tp=2),
-    Layout(packed=True, cp=2),
-    Layout(packed=True, cp=4),
-    Layout(packed=True, tp=2, sp=True, cp=2),
-    Layout(packed=True, pp=2, pattern=STAGES, cp=2),
-    Layout(packed=True, tp=2, sp=True, pp=2, pattern=STAGES, cp=2),
-    Layout(packed=True, tp=4, sp=True, cp=2),
-    Layout(packed=True, tp=4, pp=2, pattern=STAGES),
-]
-
-
-def _one_rank(rank: int, folder: Path, packed: bool) -> dict[str, Any]:
-    layout = Layout(packed=packed)
-    chunks = tiny.build(layout)
-    tiny.unsettle(chunks)
-    tiny.save_weights(chunks, folder)
-    return _measure(layout, chunks)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("weights")
-
-
-@pytest.fixture(scope="module")
-def references(weights: Path) -> dict[bool, dict[str, Any]]:
-    return {packed: run_ranks(_one_rank, 1, weights / str(packed), packed)[0] for packed in (False, True)}
-
-
-@pytest.mark.parametrize("layout", DENSE + PACKED, ids=str)
-def test_same_as_one_rank(layout: Layout, references: dict[bool, dict[str, Any]], weights: Path) -> None:
-    results = run_ranks(_split, layout.ranks, layout, weights / str(layout.packed), None, "")
-    differences = _differences(references[layout.packed], results)
-    worst = max(differences, key=lambda key: differences[key])
-    assert differences[worst] <= TOLERANCE, f"{worst}: {differences[worst]:.2e}"
 
 
 @pytest.mark.parametrize("comm", ["all_gather", "scan", "a2a"])
@@ -68,31 +23,30 @@ def test_every_way_of_communicating(
     comm: Any, layout: Layout, references: dict[bool, dict[str, Any]], weights: Path
 ) -> None:
     options = HybridConfig(gdn_cp_comm_type=comm)
-    results = run_ranks(_split, layout.ranks, layout, weights / str(layout.packed), options, "")
-    differences = _differences(references[layout.packed], results)
-    worst = max(differences, key=lambda key: differences[key])
-    assert differences[worst] <= TOLERANCE, f"{worst}: {differences[worst]:.2e}"
+    results = run_ranks(split, layout.ranks, layout, weights / str(layout.packed), options)
+    assert_same(references[layout.packed], results)
 
 
 def test_scan_over_eight_positions(references: dict[bool, dict[str, Any]], weights: Path) -> None:
     """Four ranks, three rounds of hops of 1, 2 and 4 positions."""
-    results = run_ranks(_split, 4, Layout(cp=4), weights / "False", HybridConfig(gdn_cp_comm_type="scan"), "")
-    assert max(_differences(references[False], results).values()) <= TOLERANCE
+    results = run_ranks(split, 4, Layout(cp=4), weights / "False", HybridConfig(gdn_cp_comm_type="scan"))
+    assert_same(references[False], results)
 
 
 def test_all_to_all_refuses_heads_it_cannot_share(weights: Path) -> None:
     message = r"--gdn-cp-comm-type a2a: --context-parallel-size 4 does not divide the 6 .* legal: 1, 2, 3, 6"
     with pytest.raises(AssertionError, match=message):
-        run_ranks(_split, 4, Layout(cp=4), weights / "False", HybridConfig(gdn_cp_comm_type="a2a"), "")
+        run_ranks(split, 4, Layout(cp=4), weights / "False", HybridConfig(gdn_cp_comm_type="a2a"))
 
 
 def test_loss_multiplied_by_the_context_parallel_size_differs(
     references: dict[bool, dict[str, Any]], weights: Path
 ) -> None:
     broken = "loss multiplied by the context-parallel size"
-    results = run_ranks(_split, 2, Layout(cp=2), weights / "False", None, broken)
-    differences = _differences(references[False], results)
-    assert differences["gradient norm"] == pytest.approx(1.0, abs=1e-3)  # twice the right one
+    results = run_ranks(split, 2, Layout(cp=2), weights / "False", None, broken)
+    assert differences(references[False], results)["gradient norm"] == pytest.approx(
+        1.0, abs=1e-3
+    )  # twice the right one
 
 
 def _logits(rank: int, layout: Layout, folder: Path, changed: int | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,8 +18,8 @@ from megatron_hybrid.modules.norms import QKNorm
 from megatron_hybrid.parallel import head_padding
 from megatron_hybrid.parallel.head_padding import Sizes, real_numel, rounded_up, split_of, summary
 from tests.parallel import tiny
+from tests.parallel.compare import STAGES, TOLERANCE, differences, measure
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_gradients import STAGES, TOLERANCE, _differences, _measure
 from tests.parallel.tiny import Layout
 
 VOCABULARY = 189
@@ -48,7 +48,7 @@ def _reference(rank: int, folder: Path, options: HybridConfig | None, sizes: dic
     chunks = tiny.build(layout, options)
     tiny.unsettle(chunks)
     tiny.save_weights(chunks, folder)
-    return _measure(layout, chunks)
+    return measure(layout, chunks)
 
 
 def _split(
@@ -66,7 +66,7 @@ def _split(
         if broken == "padding is not zero":
             for part in _padding(chunk).values():
                 part.data.normal_(std=0.1)
-    return _measure(layout, chunks)
+    return measure(layout, chunks)
 
 
 def _padding(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -97,8 +97,8 @@ def _worst(differences: dict[str, float]) -> str:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_same_as_one_rank(layout: Layout, reference: dict[str, Any], weights: Path) -> None:
-    differences = _differences(reference, run_ranks(_split, layout.ranks, layout, weights, None, ODD))
-    assert max(differences.values()) <= TOLERANCE, _worst(differences)
+    found = differences(reference, run_ranks(_split, layout.ranks, layout, weights, None, ODD))
+    assert max(found.values()) <= TOLERANCE, _worst(found)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_same_as_one_rank(layout: Layout, reference: dict[str, Any], weights: Pa
 def test_other_architectures_too(options: HybridConfig, sizes: dict[str, Any], tmp_path: Path) -> None:
     layout = Layout(tp=4)
     reference = run_ranks(_reference, 1, tmp_path / "weights", options, sizes)[0]
-    differences = _differences(reference, run_ranks(_split, layout.ranks, layout, tmp_path / "weights", options, sizes))
-    assert max(differences.values()) <= TOLERANCE, _worst(differences)
+    found = differences(reference, run_ranks(_split, layout.ranks, layout, tmp_path / "weights", options, sizes))
+    assert max(found.values()) <= TOLERANCE, _worst(found)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_other_architectures_too(options: HybridConfig, sizes: dict[str, Any], t
     ],
 )
 def test_without_the_remedy_it_differs(broken: str, reference: dict[str, Any], weights: Path) -> None:
-    differences = _differences(reference, run_ranks(_split, 4, Layout(tp=4), weights, None, ODD, broken))
-    assert max(differences.values()) > 100 * TOLERANCE
+    found = differences(reference, run_ranks(_split, 4, Layout(tp=4), weights, None, ODD, broken))
+    assert max(found.values()) > 100 * TOLERANCE
 
 
 def _count(rank: int, layout: Layout) -> tuple[int, int]:

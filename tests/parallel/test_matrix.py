@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.parallel import tiny
+from tests.parallel.compare import STAGES, assert_same, split
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_gradients import STAGES, TOLERANCE, _differences, _measure, _split
 from tests.parallel.tiny import Layout
 
 
@@ -25,27 +25,7 @@ def _layouts(most_ranks: int = 8) -> Iterator[Layout]:
             yield layout
 
 
-def _one_rank(rank: int, folder: Path, packed: bool) -> dict[str, Any]:
-    layout = Layout(packed=packed)
-    chunks = tiny.build(layout)
-    tiny.unsettle(chunks)
-    tiny.save_weights(chunks, folder)
-    return _measure(layout, chunks)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("weights")
-
-
-@pytest.fixture(scope="module")
-def references(weights: Path) -> dict[bool, dict[str, Any]]:
-    return {packed: run_ranks(_one_rank, 1, weights / str(packed), packed)[0] for packed in (False, True)}
-
-
 @pytest.mark.parametrize("layout", _layouts(), ids=str)
 def test_same_as_one_rank(layout: Layout, references: dict[bool, dict[str, Any]], weights: Path) -> None:
-    results = run_ranks(_split, layout.ranks, layout, weights / str(layout.packed), None, "")
-    differences = _differences(references[layout.packed], results)
-    worst = max(differences, key=lambda key: differences[key])
-    assert differences[worst] <= TOLERANCE, f"{worst}: {differences[worst]:.2e}"
+    results = run_ranks(split, layout.ranks, layout, weights / str(layout.packed))
+    assert_same(references[layout.packed], results)

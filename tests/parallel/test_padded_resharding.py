@@ -19,8 +19,8 @@ from megatron_hybrid.parallel import head_padding
 from megatron_hybrid.tools.convert import ExportOptions, export
 from megatron_hybrid.tools.dcp_reader import TorchDistCheckpoint
 from tests.parallel import tiny
+from tests.parallel.compare import STAGES
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_gradients import STAGES
 from tests.parallel.test_head_padding import ODD, VOCABULARY, _odd, _padding
 from tests.parallel.test_resharding import _state, _train
 from tests.parallel.tiny import Layout

@@ -20,8 +20,8 @@ from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.parallel.pipeline_layout import Costs, Plan, plan, resolve
 from megatron_hybrid.parallel.pipeline_schedule import passes, play
 from megatron_hybrid.parallel.pipeline_search import Row, best_cuts
+from tests.parallel.compare import assert_same, one_rank, split
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_gradients import TOLERANCE, _differences, _reference, _split
 from tests.parallel.tiny import PATTERN, Layout
 
 PATTERN_7B = "GGG*" * 8
@@ -287,7 +287,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(weights: Path) -> dict[str, Any]:
-    return run_ranks(_reference, 1, weights, None)[0]
+    return run_ranks(one_rank, 1, weights, None)[0]
 
 
 def _planned(ranks: int, chunks: int, output: float) -> str:
@@ -311,13 +311,11 @@ LAYOUTS = {
 def test_planned_layout_trains_as_one_rank(name: str, reference: dict[str, Any], weights: Path) -> None:
     layout, expected = LAYOUTS[name]
     assert layout.pattern == expected
-    differences = _differences(reference, run_ranks(_split, layout.ranks, layout, weights, None, ""))
-    worst = max(differences, key=lambda key: differences[key])
-    assert differences[worst] <= TOLERANCE, f"{worst}: {differences[worst]:.2e}"
+    assert_same(reference, run_ranks(split, layout.ranks, layout, weights))
 
 
 def test_an_inner_stage_needs_a_layer(reference: dict[str, Any], weights: Path) -> None:
     """Why the planner leaves none empty: Megatron's checkpoint has nothing for a stage without parameters."""
     layout = Layout(pp=3, pattern="GGG*||GGG*")
     with pytest.raises(AssertionError, match="KeyError"):
-        run_ranks(_split, layout.ranks, layout, weights, None, "")
+        run_ranks(split, layout.ranks, layout, weights, None, "")

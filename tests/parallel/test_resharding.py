@@ -16,8 +16,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_hybrid.modules import fp32_parameters
 from tests.parallel import tiny
+from tests.parallel.compare import STAGES
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_gradients import STAGES
 from tests.parallel.tiny import Layout
 
 ONE = Layout(dp=2, distributed_optimizer=True)
