@@ -180,10 +180,10 @@ def fast_encoder(file: TokenizerFile, keep_special: bool, backend: str) -> Encod
         raise ToolError(f"--backend {backend}: cannot load {file.path} ({error}); use auto or reference") from None
 
 
-def cut_text(text: str, limit: int = PIECE_CHARACTERS) -> list[str]:
-    """`text` in pieces of at most `limit` characters that end at CUT_PLACE.
+def cut_text(text: str, limit: int = PIECE_CHARACTERS, more_follows: bool = False) -> list[str]:
+    """`text` in pieces of at most `limit` characters that end at CUT_PLACE; the last one ends with the text.
 
-    For tokenizers that are `cuttable` the ids of the pieces, end to end, are the ids of the text.
+    If `more_follows`, the text goes on after its end, so the last piece may be encoded only with what follows. For tokenizers that are `cuttable` the ids of the pieces, end to end, are the ids of the text.
     Raises TextTooLong if a stretch of MAX_WHOLE_CHARACTERS has no such place.
     """
     pieces, start = [], 0
@@ -191,6 +191,8 @@ def cut_text(text: str, limit: int = PIECE_CHARACTERS) -> list[str]:
         end = _last_cut(text, start, start + limit)
         if end == start:  # none in reach: take the first one after it
             found = CUT_PLACE.search(text, start + limit)
+            if found is None and more_follows:
+                break
             end = found.start() if found else len(text)
             if end - start > MAX_WHOLE_CHARACTERS:
                 raise TextTooLong(f"{end - start:,} characters without a place to cut")

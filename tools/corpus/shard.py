@@ -333,7 +333,7 @@ class ShardWork:
                     raise TextTooLong("longer than a text this tokenizer may not cut can be")
                 continue
             if len(rest) > 2 * PIECE_CHARACTERS:
-                *whole, rest = cut_text(rest)
+                *whole, rest = cut_text(rest, more_follows=True)
                 yield from whole
                 if len(rest) > MAX_WHOLE_CHARACTERS:
                     raise TextTooLong(f"{len(rest):,} characters without a place to cut")

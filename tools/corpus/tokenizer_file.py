@@ -92,8 +92,8 @@ def load_tokenizer_file(
     if result.vocab_size in UINT16_TRAP:
         raise ToolError(
             f"--tokenizer-model {path}: {result.vocab_size:,} ids; for 65,500 to 65,536 Megatron's builder writes "
-            "int32 and its --dataloader-fast-cache-load reads uint16, which is silent garbage: add unused tokens up to 65,537 "
-            "or train a vocabulary below 65,500"
+            "int32 and its --dataloader-fast-cache-load reads uint16, which is silent garbage: add unused tokens up to "
+            "65,537 or train a vocabulary below 65,500"
         )
     return result
 
@@ -159,6 +159,8 @@ def _sentencepiece(path: Path, content: bytes, eod_token: str | None) -> Tokeniz
     import sentencepiece
 
     try:
+        if not content:
+            raise RuntimeError("empty")  # the library takes it for a model without pieces
         processor: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
     except RuntimeError:
         raise ToolError(
@@ -198,6 +200,8 @@ def _tiktoken(path: Path, content: bytes, pattern: str | None) -> TokenizerFile:
         )
     try:
         ranks = tiktoken_ranks(content)
+        if not ranks:
+            raise ValueError("empty")
     except ValueError:
         raise ToolError(f"--tokenizer-model {path}: not a .tiktoken file (base64 token, space, rank)") from None
     return TokenizerFile(

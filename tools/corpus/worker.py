@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,8 @@ class Worker:
         now = time.monotonic()
         if now - self._reported > REPORT_SECONDS:
             self._reported = now
-            self.report({"event": "progress", "shard": shard.index, **asdict(progress)})
+            totals = vars(progress) | {"rejected": dict(progress.rejected)}
+            self.report({"event": "progress", "shard": shard.index, **totals})
 
 
 def shard_files_exist(folder: Path, shard: WorkShard, record: dict[str, Any]) -> bool:
@@ -173,7 +174,8 @@ def shard_files_exist(folder: Path, shard: WorkShard, record: dict[str, Any]) ->
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not sys.stdin: its lock would be held when the process ends
+        pass
     os._exit(1)
 
 
