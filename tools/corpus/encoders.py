@@ -17,6 +17,7 @@ from megatron_hybrid.tools.corpus.tokenizer_file import CUT_PLACE, TokenizerFile
 
 PIECE_CHARACTERS = 1 << 20  # longer texts are encoded in pieces where the tokenizer allows it
 MAX_WHOLE_CHARACTERS = 8 << 20  # the longest text encoded in one piece
+RARE = "|\u2581\uff5c"  # characters of special tokens that are rare in text
 BACKENDS = ("auto", "reference", "fastokens", "gigatoken")
 Ids = NDArray[np.int32]
 Lengths = NDArray[np.int64]
@@ -183,7 +184,8 @@ def fast_encoder(file: TokenizerFile, keep_special: bool, backend: str) -> Encod
 def cut_text(text: str, limit: int = PIECE_CHARACTERS, more_follows: bool = False) -> list[str]:
     """`text` in pieces of at most `limit` characters that end at CUT_PLACE; the last one ends with the text.
 
-    If `more_follows`, the text goes on after its end, so the last piece may be encoded only with what follows. For tokenizers that are `cuttable` the ids of the pieces, end to end, are the ids of the text.
+    If `more_follows`, the text goes on after its end, so the last piece may be encoded only with what
+    follows. For tokenizers that are `cuttable` the ids of the pieces, end to end, are the ids of the text.
     Raises TextTooLong if a stretch of MAX_WHOLE_CHARACTERS has no such place.
     """
     pieces, start = [], 0
@@ -244,12 +246,16 @@ def first_difference(fast: Encoder, reference: Encoder, texts: Sequence[str]) ->
     return f"{fast.name} and {reference.name} differ in the number of texts"
 
 
-def special_pattern(file: TokenizerFile) -> tuple[tuple[str, ...], re.Pattern[str] | None]:
-    """(strings one of which is in every text with a special literal, pattern of the literals themselves)."""
+def special_pattern(file: TokenizerFile) -> tuple[tuple[tuple[str, str], ...], re.Pattern[str] | None]:
+    """(tests for texts that may hold a special literal, pattern of the literals themselves).
+
+    A test is a character, found fast, and the start of a literal it is part of, found slower.
+    """
     if not file.special:
         return (), None
-    starts = tuple(sorted({literal[:2] for literal in file.special}))
-    return starts, re.compile("|".join(re.escape(literal) for literal in file.special))
+    starts = sorted({literal[:2] for literal in file.special})
+    tests = tuple((start[-1] if start[-1] in RARE else start[0], start) for start in starts)
+    return tests, re.compile("|".join(re.escape(literal) for literal in file.special))
 
 
 def probe_texts(file: TokenizerFile) -> list[str]:

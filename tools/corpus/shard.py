@@ -131,7 +131,7 @@ class ShardWork:
 
         Raises BackendMismatch, InputFault or RejectedUnderFail; then none of its files carries a final name.
         """
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         prefix = self.folder / stem(self.shard, self.encoder is self.reference)
         with self._stack, IndexedDatasetWriter(prefix, self.tokenizer.vocab_size) as writer:
             self._writer = writer
@@ -176,6 +176,7 @@ class ShardWork:
             "idx": {"bytes": written.idx_bytes, "xxh3": written.idx_xxh3},
             "has_rejects": self._rejects is not None,
             "seconds": round(time.perf_counter() - started, 3),
+            "cpu_seconds": round(time.process_time() - cpu_started, 3),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
@@ -345,7 +346,7 @@ class ShardWork:
         self.progress.text_bytes += sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts)
         if self._special is not None:
             for text in texts:
-                if any(start in text for start in self._special_starts):
+                if any(character in text and start in text for character, start in self._special_starts):
                     self.special_literals += len(self._special.findall(text))
 
     def _written(self, documents: int, metadata: list[bytes]) -> None:
