@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,30 +65,25 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path: Path, tokenizer_json: Pat
     started = time.monotonic()
     subprocess.run(command(corpus, tokenizer_json, [flag, str(calm / name)], 1), check=True, capture_output=True)
     duration = time.monotonic() - started
+    expected = outputs(calm)
+    assert any(".bin" in name for name in expected) and any("rejects" in name for name in expected)
     source = random.Random(workers)
-    kills = 0
-    for _ in range(max(1, KILLS // 4)):
-        process = subprocess.Popen(
-            command(corpus, tokenizer_json, [flag, str(storm / name)], workers),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+    kills = finished = 0
+    words = command(corpus, tokenizer_json, [flag, str(storm / name)], workers)
+    while not finished or kills < KILLS / 4:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        moment = source.uniform(0.15, 0.7 * duration) if kills < KILLS / 4 else None
         try:
-            process.wait(timeout=source.uniform(0.15, 0.6 * duration))
+            _, errors = process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.communicate()
             kills += 1
         else:
-            assert process.returncode == 0
-    last = subprocess.run(
-        command(corpus, tokenizer_json, [flag, str(storm / name)], workers), capture_output=True, text=True, check=False
-    )
-    assert last.returncode == 0 or "exists" in last.stderr, last.stderr
-    assert kills
-    found = outputs(storm)
-    assert found == outputs(calm)
-    assert any(name.endswith(".bin") for name in found) and any("rejects" in name for name in found)
+            assert process.returncode == 0, errors
+            assert outputs(storm) == expected
+            shutil.rmtree(storm)
+            finished += 1
 
 
 def test_killed_worker_is_replaced(tmp_path: Path, tokenizer_json: Path) -> None:
