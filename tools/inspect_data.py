@@ -154,9 +154,8 @@ def stats(args: argparse.Namespace) -> None:
     for index in range(int(used.min()), int(used.max()) + 1) if used.size else ():
         bar = "#" * round(BAR_WIDTH * int(counts[index]) / int(counts.max()))
         share = tokens_by_bin[index] / max(tokens_by_bin.sum(), 1)
-        print(
-            f"{edges[index]:>13,} to {edges[index + 1] - 1:>13,} tokens {counts[index]:>13,} documents {share:6.1%} {bar}"
-        )
+        span = f"{edges[index]:>13,} to {edges[index + 1] - 1:>13,} tokens"
+        print(f"{span} {counts[index]:>13,} documents {share:6.1%} {bar}")
     all_tokens = sum(by_prefix.values())
     for prefix, tokens in by_prefix.items():
         print(f"{prefix}: {tokens:,} tokens, {tokens / max(all_tokens, 1):.2%}")

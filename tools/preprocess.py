@@ -81,22 +81,12 @@ def work_folder(args: argparse.Namespace) -> Path:
     return Path(f"{args.output_prefix}.work") if args.output_prefix else Path(args.output_dir, "work")
 
 
-def make_or_load_plan(args: argparse.Namespace) -> "Plan":
-    """The plan of the inputs given, saved; or the saved one where there are no inputs or it is the same."""
+def build_plan(args: argparse.Namespace) -> "Plan":
+    """The plan of the inputs given; nothing is written."""
     from megatron_hybrid.tools.corpus.inputs import find_inputs
-    from megatron_hybrid.tools.corpus.plan import (
-        PLAN_NAME,
-        Options,
-        explain_difference,
-        load_plan,
-        make_plan,
-        save_plan,
-    )
+    from megatron_hybrid.tools.corpus.plan import Options, make_plan
     from megatron_hybrid.tools.corpus.tokenizer_file import load_tokenizer_file
 
-    folder = work_folder(args)
-    if not args.input:
-        return load_plan(folder)
     if not args.tokenizer_model:
         raise ToolError("--tokenizer-model: needed to plan; give a tokenizer.json, tokenizer.model or .tiktoken file")
     tokenizer = load_tokenizer_file(args.tokenizer_model, args.eod_token, args.eod_id, args.tiktoken_pattern)
@@ -122,7 +112,17 @@ def make_or_load_plan(args: argparse.Namespace) -> "Plan":
         args.salvage_truncated,
         shard_bytes,
     )
-    plan = make_plan(files, tokenizer, options)
+    return make_plan(files, tokenizer, options)
+
+
+def make_or_load_plan(args: argparse.Namespace) -> "Plan":
+    """The plan of the inputs given, saved; or the saved one where there are no inputs or it is the same."""
+    from megatron_hybrid.tools.corpus.plan import PLAN_NAME, explain_difference, load_plan, save_plan
+
+    folder = work_folder(args)
+    if not args.input:
+        return load_plan(folder)
+    plan = build_plan(args)
     if (folder / PLAN_NAME).exists():
         saved = load_plan(folder)
         if saved.fingerprint != plan.fingerprint:
@@ -153,6 +153,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     path = manifest_path(output, bool(args.output_prefix))
     resuming = (folder / PLAN_NAME).exists()
     if args.output_prefix and not resuming:
+        if args.input and path.exists() and not args.overwrite:
+            made = is_finished(path, build_plan(args).fingerprint)
+            if made is not None:  # the same run was finished before
+                _remove_work(folder, True)
+                return made
         check_output_prefix(args.output_prefix, args.overwrite)
     plan = make_or_load_plan(args)
     done = is_finished(path, plan.fingerprint)

@@ -1,5 +1,6 @@
 """From finished work shards to datasets with a manifest: the accounts are checked, then the names are given."""
 
+import glob
 import json
 import shutil
 from collections import Counter
@@ -213,6 +214,8 @@ def finish(
     check_documents(plan, totals)
     path = manifest_path(output, one_prefix)
     path.unlink(missing_ok=True)  # of an older run; a manifest says that all is there
+    for leftover in output.parent.glob(f"{glob.escape(output.name)}.*.tmp.*") if one_prefix else output.glob("*.tmp.*"):
+        leftover.unlink()  # of a killed attempt; no other process finishes this run
     if one_prefix:
         groups = [[shard for shard in plan.shards if records[shard.index]["documents"]]]
         datasets = [build_dataset(folder, groups[0], records, output)]
