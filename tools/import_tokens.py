@@ -72,8 +72,8 @@ def scan(path: Path, dtype: str, vocab_size: int, eod_id: int) -> tuple["NDArray
             if largest >= vocab_size:
                 at = done + int(np.argmax(block >= vocab_size))
                 raise ToolError(
-                    f"{path}: id {largest} near token {at}, outside the vocabulary of {vocab_size}; check --vocab-size and "
-                    "--dtype"
+                    f"{path}: id {largest} near token {at}, outside the vocabulary of {vocab_size}; check --vocab-size "
+                    "and --dtype"
                 )
             ends.append(np.flatnonzero(block == eod_id) + (done + 1))
             done += block.size
@@ -213,8 +213,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if not small and args.vocab_size <= 65536:
         raise ToolError(
-            f"--vocab-size {args.vocab_size}: Megatron's --dataloader-fast-cache-load reads vocabularies up to 65,536 as "
-            "uint16, these files hold uint32; preprocess the text again"
+            f"--vocab-size {args.vocab_size}: Megatron's --dataloader-fast-cache-load reads vocabularies up to 65,536 "
+            "as uint16, these files hold uint32; preprocess the text again"
         )
     if not 0 <= args.eod_id < args.vocab_size:
         raise ToolError(f"--eod-id {args.eod_id}: must be 0 to {args.vocab_size - 1}")

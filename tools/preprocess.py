@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from megatron_hybrid.tools.corpus.plan import Plan
     from megatron_hybrid.tools.corpus.worker import Settings
 
-COMMANDS = ("run", "plan", "work", "finish", "status")
+COMMANDS = ("run", "plan", "work", "finish", "status", "slurm")
 GIB = 1 << 30
 MIN_AUTO_SHARD_BYTES, MAX_AUTO_SHARD_BYTES, AUTO_SHARDS = GIB // 4, 2 * GIB, 512
 
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Plans, works and finishes; returns the manifest. Raises ToolError for any fault."""
     from megatron_hybrid.tools.corpus.finish import is_finished, manifest_path
     from megatron_hybrid.tools.corpus.plan import PLAN_NAME
-    from megatron_hybrid.tools.corpus.pool import run_plan
+    from megatron_hybrid.tools.corpus.pool import DRAINED_STATUS, Drained, run_plan
 
     folder = work_folder(args)
     output = Path(args.output_prefix or args.output_dir)
@@ -170,6 +170,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     except ToolError:
         _drop_empty_work(folder, args)
         raise
+    except Drained as stopped:
+        print(f"{stopped}; the same command goes on from here", file=sys.stderr)
+        sys.exit(DRAINED_STATUS)
 
 
 def _remove_work(folder: Path, one_prefix: bool) -> None:
@@ -214,10 +217,14 @@ def finish_run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Joins the workers of a run that may be spread over many machines."""
-    from megatron_hybrid.tools.corpus.pool import run_plan
+    """Joins the workers of a run that may be spread over many machines; exits 75 if told to stop early."""
+    from megatron_hybrid.tools.corpus.pool import DRAINED_STATUS, Drained, run_plan
 
-    run_plan(work_folder(args), settings_of(args), args.workers, args.run_id)
+    try:
+        run_plan(work_folder(args), settings_of(args), args.workers, args.run_id)
+    except Drained as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(DRAINED_STATUS)
 
 
 def status(args: argparse.Namespace) -> str:
@@ -327,14 +334,23 @@ def parser(command: str = "run") -> argparse.ArgumentParser:
     output.add_argument("--output-dir", metavar="D", help="folder of datasets whose names change with their content")
     if command in ("run", "plan"):
         _add_plan_flags(result)
-    if command in ("run", "plan", "work"):
+    if command in ("run", "plan", "work", "slurm"):
         _add_work_flags(result)
-    if command in ("run", "finish"):
+    if command in ("run", "finish", "slurm"):
         _add_finish_flags(result)
     if command == "run":
         result.add_argument("--overwrite", action="store_true", help="replace a dataset of the same prefix")
     if command == "work":
         result.add_argument("--run-id", default="shared", metavar="ID", help="processes of one id work together")
+    if command == "slurm":
+        result.add_argument("--tasks", type=_count, required=True, metavar="W", help="tasks of the array, one per node")
+        result.add_argument("--time", required=True, metavar="HH:MM:SS", help="time limit of a task")
+        result.add_argument("--partition", metavar="NAME", help="where the jobs run (default: the cluster's)")
+        result.add_argument("--account", metavar="NAME", help="what they are charged to")
+        result.add_argument(
+            "--drain-seconds", type=_count, default=300, metavar="S",
+            help="warning before the time limit; longer than a shard takes (default: 300)",
+        )  # fmt: skip
     if command == "plan":
         result.add_argument(
             "--calibrate-seconds", type=float, default=30.0, metavar="S",
@@ -356,6 +372,10 @@ def main() -> None:
         print(describe_plan(plan, work_folder(args), settings_of(args), args.workers, args.calibrate_seconds))
     elif command == "work":
         work(args)
+    elif command == "slurm":
+        from megatron_hybrid.tools.corpus.slurm import render
+
+        print(render(work_folder(args), Path(args.output_prefix or args.output_dir), args))
     elif command == "status":
         print(status(args))
     else:

@@ -91,8 +91,12 @@ def test_table_of_spans_decides_where_documents_end(tmp_path: Path, command: Com
 
 @pytest.mark.parametrize(
     ("table", "message"),
-    [("0,4\n5,6\n", "line 2 spans 5 to 6, after a document that ends at 4"), ("0,4\n", "end at 4, the file has 10"), ("a,b\n", "line 1")],
-)  # fmt: skip
+    [
+        ("0,4\n5,6\n", "line 2 spans 5 to 6, after a document that ends at 4"),
+        ("0,4\n", "end at 4, the file has 10"),
+        ("a,b\n", "line 1 does not begin with start,end"),
+    ],
+)
 def test_table_that_does_not_fit_is_refused(tmp_path: Path, command: Command, table: str, message: str) -> None:
     write(tmp_path / "a.npy")
     with gzip.open(tmp_path / "a.csv.gz", "wt") as handle:

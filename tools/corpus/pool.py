@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -18,9 +19,35 @@ from megatron_hybrid.tools.corpus.ledger import HEARTBEAT_SECONDS, Leases, Ledge
 from megatron_hybrid.tools.corpus.plan import Plan, load_plan
 from megatron_hybrid.tools.corpus.worker import SHARD_FOLDER, Settings, Worker, shard_files_exist
 
+DRAINED_STATUS = 75  # of a process told to stop before the plan was done: start it again (EX_TEMPFAIL)
 MAX_DEATHS = 2  # of workers on the same shard before the run gives up
 LOG_SECONDS = 30.0  # between progress lines where stderr is no terminal
 SCREEN_SECONDS = 0.5
+
+
+class Drained(Exception):
+    """The run was told to stop; the shards at work were finished, others are left."""
+
+
+class Drain:
+    """Whether SIGUSR1 or SIGTERM told this process to finish the shards at work and stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "Drain":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
 
 
 class ProgressLine:
@@ -93,7 +120,8 @@ def run_plan(folder: Path, settings: Settings, workers: int, run_id: str) -> Led
     """Does every shard of the plan in `folder` that is not recorded; returns the state of the ledger.
 
     Raises ToolError for the first fault under --on-error fail, for a shard that kills its workers,
-    and, once all others are done, for files that could not be read to their end.
+    and, once all others are done, for files that could not be read to their end. Raises Drained where
+    SIGUSR1 or SIGTERM ended the work early.
     """
     plan = load_plan(folder)
     leases = Leases(folder)
@@ -108,12 +136,17 @@ def run_plan(folder: Path, settings: Settings, workers: int, run_id: str) -> Led
         if len(state.done) < len(plan.shards):
             progress = ProgressLine(plan, state)
             left = len(plan.shards) - len(state.done)
-            faults = _alone(folder, settings, progress) if workers == 1 else _pool(
-                folder, settings, min(workers, left), progress, plan
-            )  # fmt: skip
+            with Drain() as drain:
+                faults = _alone(folder, settings, progress, drain) if workers == 1 else _pool(
+                    folder, settings, min(workers, left), progress, plan, drain
+                )  # fmt: skip
             progress.clear()
             if faults:
                 raise ToolError(_summary(faults))
+            if drain.asked and len(ledger.read().done) < len(plan.shards):
+                raise Drained(
+                    f"{folder}: stopped as asked; {len(ledger.read().done)} of {len(plan.shards)} shards are done"
+                )
         return ledger.read()
     finally:
         leases.give_back(mine)
@@ -148,7 +181,7 @@ def _remove_leftovers(folder: Path, leases: Leases) -> None:
             path.unlink(missing_ok=True)
 
 
-def _alone(folder: Path, settings: Settings, progress: ProgressLine) -> list[str]:
+def _alone(folder: Path, settings: Settings, progress: ProgressLine, drain: Drain) -> list[str]:
     """One worker, in this process."""
     faults: list[str] = []
     worker: Worker | None = None
@@ -156,6 +189,8 @@ def _alone(folder: Path, settings: Settings, progress: ProgressLine) -> list[str
     def report(event: dict[str, Any]) -> None:
         progress.take(event)
         progress.show()
+        if drain.asked and worker is not None:
+            worker.draining = True
         if event["event"] == "failed":
             faults.append(event["error"])
             if event["stop"] and worker is not None:
@@ -199,14 +234,21 @@ class _Process:
         events.put((self, {"event": "gone", "status": self.process.returncode}))
 
 
-def _pool(folder: Path, settings: Settings, workers: int, progress: ProgressLine, plan: Plan) -> list[str]:
+def _pool(
+    folder: Path, settings: Settings, workers: int, progress: ProgressLine, plan: Plan, drain: Drain
+) -> list[str]:
     """`workers` processes; a dead one is replaced, a shard that kills two ends the run."""
     events: queue.Queue[tuple[_Process, dict[str, Any]]] = queue.Queue()
     alive = {_Process(folder, settings, events) for _ in range(workers)}
     faults: list[str] = []
     deaths: Counter[int] = Counter()
+    told = False
     try:
         while alive:
+            if drain.asked and not told:
+                told = True
+                for process in alive:
+                    process.process.send_signal(signal.SIGUSR1)
             try:
                 process, event = events.get(timeout=SCREEN_SECONDS)
             except queue.Empty:
@@ -225,7 +267,7 @@ def _pool(folder: Path, settings: Settings, workers: int, progress: ProgressLine
                     return faults
             elif event["event"] == "gone":
                 alive.discard(process)
-                if event["status"] == 0:
+                if event["status"] == 0 or told:  # the signal may have come before the worker could take it
                     continue
                 if process.shard is None:
                     return [*faults, f"a worker ended with status {event['status']} before its first shard"]
