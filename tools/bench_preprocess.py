@@ -81,10 +81,10 @@ def measure(commands: list[list[str]], cores: list[int], environment: dict[str, 
         for command, core in zip(commands, cores, strict=True)
     ]
     output = ""
-    for process in processes:
+    for command, process in zip(commands, processes, strict=True):
         out, errors = process.communicate()
         if process.returncode:
-            raise ToolError(f"{' '.join(process.args[:3])}: failed: {errors.strip().splitlines()[-1:]}")  # type: ignore[index]
+            raise ToolError(f"{' '.join(command[:3])}: failed: {errors.strip().splitlines()[-1:]}")
         output += out
     wall = time.perf_counter() - started
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -119,7 +119,7 @@ def read_mix(path: Path, data: dict[str, list["Dataset"]], root: Path, total: in
         raise ToolError(f"--mix {path}: no such file") from None
     if path.suffix == ".txt":
         return [_ai2_path_stage(text, root, total)]
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         content = yaml.safe_load(text)

@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import accumulate, chain
 from pathlib import Path
@@ -331,3 +333,18 @@ def test_plan_run_status_and_finish(
     command("work", "--run-id", "job")
     assert "600 lines = 600 documents + 0 rejected" in command("finish")
     assert "600 lines = 600 documents" in command()  # nothing left to do
+
+
+def test_planning_imports_neither_torch_nor_megatron_nor_encoders(tmp_path: Path, tokenizer_json: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["a text"]))
+    script = (
+        "import sys\n"
+        "from megatron_hybrid.tools import preprocess\n"
+        "preprocess.main()\n"
+        "heavy = {'torch', 'megatron', 'transformers', 'tokenizers', 'fastokens', 'pyarrow'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    words = ["plan", "--input", str(tmp_path / "in.jsonl"), "--output-dir", str(tmp_path / "out")]
+    words += ["--tokenizer-model", str(tokenizer_json), "--calibrate-seconds", "0"]
+    result = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,30 +17,28 @@ DOCUMENT_MB = 1000 if FULL else 60
 
 RUN = (
     "import json, resource, sys\n"
+    "limit = int(sys.argv[1])\n"
+    "if limit:\n"
+    "    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))\n"
     "from megatron_hybrid.tools.preprocess import parser, run\n"
-    "content = run(parser().parse_args(sys.argv[1:]))\n"
-    "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+    "from megatron_hybrid.tools.corpus.shard import peak_rss_bytes\n"
+    "content = run(parser().parse_args(sys.argv[2:]))\n"
+    "peak = peak_rss_bytes()\n"
     "print(json.dumps([peak, content['lines'], content['documents'], content['rejected']]))\n"
 )
 
 
 def peak_memory(
-    tokenizer: Path, source: Path, prefix: Path, limit_bytes: int | None = None, *options: str
+    tokenizer: Path, source: Path, prefix: Path, limit_bytes: int = 0, *options: str
 ) -> tuple[int, int, int, dict[str, int]]:
     """(peak resident bytes, lines, documents, rejected) of a run under a hard limit on its own data (RLIMIT_DATA)."""
-
-    def limit() -> None:
-        if limit_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
-
     environment = os.environ | {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     words = ["--input", str(source), "--output-prefix", str(prefix), "--tokenizer-model", str(tokenizer), *options]
     result = subprocess.run(
-        [sys.executable, "-c", RUN, *words, "--append-eod"],
+        [sys.executable, "-c", RUN, str(limit_bytes), *words, "--append-eod"],
         capture_output=True,
         text=True,
         env=environment,
-        preexec_fn=limit,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]

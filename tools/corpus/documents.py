@@ -62,7 +62,7 @@ class LineParser:
             [("text", str), *((name, msgspec.Raw, msgspec.Raw(b"null")) for name in names)],
             rename=dict(zip(["text", *names], [self.key, *self.metadata_keys], strict=True)),
         )
-        self._decode = msgspec.json.Decoder(record).decode
+        self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(record).decode
         self._prefixes = [json.dumps(key).encode() + b":" for key in self.metadata_keys]
         self._names = names
 

@@ -6,7 +6,7 @@ fast ones are never trusted: `first_difference` compares them with it before a r
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,7 +101,7 @@ class Fastokens:
     """fastokens: BPE of tokenizer.json, of bounded memory."""
 
     def __init__(self, file: TokenizerFile, keep_special: bool) -> None:
-        import fastokens
+        import fastokens  # type: ignore[import-untyped]
 
         self.name = f"fastokens {_version('fastokens')}"
         self._tokenizer = fastokens.Tokenizer.from_json_str(file.content.decode("utf-8"))
@@ -150,7 +150,7 @@ def _import_extra(package: str, flag: str) -> Any:
 
 def reference_encoder(file: TokenizerFile, keep_special: bool) -> Encoder:
     """The encoder that defines the ids of `file`."""
-    kinds = {
+    kinds: dict[str, Callable[[TokenizerFile, bool], Encoder]] = {
         "huggingface": HuggingFaceReference,
         "sentencepiece": SentencePieceReference,
         "tiktoken": TiktokenReference,

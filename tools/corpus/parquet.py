@@ -12,8 +12,8 @@ BUFFER_BYTES = 1 << 20  # of each column that is read
 
 def _pyarrow() -> Any:
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError:
         raise ToolError("--input: Parquet files need pyarrow; pip install megatron-hybrid[data]") from None
     return pyarrow
@@ -77,7 +77,7 @@ def read_rows(path: str, first: int, last: int | None, columns: list[str]) -> It
 def _values(column: Any) -> list[Any]:
     """Python values of a column; strings that are no UTF-8 as bytes."""
     try:
-        return column.to_pylist()  # type: ignore[no-any-return]
+        return column.to_pylist()
     except UnicodeDecodeError:
         raw = column.cast("large_binary").to_pylist()
         return [_decoded(value) for value in raw]

@@ -134,6 +134,7 @@ def _inflation(files: list[InputFile], source: str) -> float:
     packed = [file for file in files if file.source == source and file.path.endswith((".gz", ".zst"))]
     step = max(1, len(packed) // SAMPLED_FILES)
     stored = plain = 0
+    faults: tuple[type[Exception], ...] = (ToolError, *decompression_errors())
     for file in packed[::step][:SAMPLED_FILES]:
         counted = [0]
         seen = 0
@@ -147,7 +148,7 @@ def _inflation(files: list[InputFile], source: str) -> float:
                     seen += len(chunk)
                     if counted[0] > SAMPLED_BYTES:
                         break
-        except (ToolError, *decompression_errors()):
+        except faults:
             continue  # the worker reports it, with its place
         stored, plain = stored + counted[0], plain + seen
     return max(1.0, plain / stored) if stored else 1.0

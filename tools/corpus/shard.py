@@ -2,7 +2,6 @@
 
 import base64
 import json
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -177,7 +176,7 @@ class ShardWork:
             "has_rejects": self._rejects is not None,
             "seconds": round(time.perf_counter() - started, 3),
             "cpu_seconds": round(time.process_time() - cpu_started, 3),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": peak_rss_bytes(),
         }
 
     def _check_unchanged(self, path: str, stored_bytes: int, stamp: str) -> None:
@@ -379,6 +378,14 @@ class ShardWork:
         handle = self._stack.enter_context(atomic_open(Path(f"{prefix}{METADATA_SUFFIX}")))
         compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
         self._metadata = self._stack.enter_context(compressor.stream_writer(handle, closefd=False))
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident size of this program; getrusage would count that of the one that started it too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def stem(shard: WorkShard, by_reference: bool) -> str:

@@ -31,10 +31,10 @@ def is_remote(path: str) -> bool:
 
 def remote_filesystem(path: str) -> tuple[Any, str]:
     """(fsspec filesystem, path inside it) of a URL; raises ToolError if its driver is not installed."""
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     try:
-        return fsspec.core.url_to_fs(path)  # type: ignore[no-any-return]
+        return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise ToolError(
             f"--input {path}: {error}; install the driver (s3:// needs s3fs, in the extra megatron-hybrid[data])"
@@ -83,7 +83,7 @@ def decompression_errors() -> tuple[type[Exception], ...]:
     from backports import zstd
     from isal import igzip_lib
 
-    return (EOFError, zstd.ZstdError, igzip_lib.IsalError)
+    return (EOFError, zstd.ZstdError, cast(type[Exception], igzip_lib.IsalError))
 
 
 def _decoded(source: BinaryIO, make_decoder: Callable[[], Any], on_bytes: Callable[[int], object]) -> Iterator[bytes]:

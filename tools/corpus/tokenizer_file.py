@@ -112,7 +112,8 @@ def _huggingface(path: Path, content: bytes, eod_token: str | None) -> Tokenizer
     eod_id = -1
     if eod_token is not None:
         known = {token["content"]: token["id"] for token in added}
-        eod_id = known.get(eod_token, vocab.get(eod_token, -1) if isinstance(vocab, dict) else -1)
+        in_vocab: Any = vocab.get(eod_token, -1) if isinstance(vocab, dict) else -1
+        eod_id = int(known.get(eod_token, in_vocab))
         if eod_id < 0:
             raise ToolError(
                 f"--eod-token {eod_token!r}: not in the vocabulary of {path}; its added tokens are "
