@@ -294,6 +294,7 @@ def test_crash_after_the_dataset_leaves_no_manifest(
         preprocess(first)
     assert sorted(path.name for path in tmp_path.glob("data*")) == ["data.bin", "data.idx", "data.work"]
     monkeypatch.undo()
+    (tmp_path / "data.bin.tmp.elsewhere.1").write_bytes(b"of an attempt that was killed")
     preprocess(first)  # what was done is taken up, not done again
     assert sorted(path.name for path in tmp_path.glob("data*")) == ["data.bin", "data.idx", "data.json"]
 
