@@ -146,6 +146,20 @@ def test_two_runs_in_one_folder_refuse_each_other(tmp_path: Path, tokenizer_json
     assert subprocess.run(words, capture_output=True, check=False).returncode == 0
 
 
+def test_leftovers_of_dead_workers_go_and_files_of_live_ones_stay(tmp_path: Path) -> None:
+    from megatron_hybrid.tools.corpus.pool import _remove_leftovers
+
+    leases = Leases(tmp_path)
+    leases.take("s000001")
+    (tmp_path / "leases" / "s000002").write_text(dead_process())
+    (tmp_path / "shards").mkdir()
+    names = [f"s00000{number}.bin.tmp.host.{number}" for number in range(3)]
+    for name in (*names, "s000000.bin"):
+        (tmp_path / "shards" / name).touch()
+    _remove_leftovers(tmp_path, leases)
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["s000000.bin", names[1]]
+
+
 # ---- the ledger ----
 
 

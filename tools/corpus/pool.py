@@ -173,11 +173,15 @@ def _forget_lost(folder: Path, plan: Plan, ledger: Ledger) -> None:
 
 
 def _remove_leftovers(folder: Path, leases: Leases) -> None:
-    """Removes temporary files of dead processes; those of live ones belong to leased shards."""
-    live = {name for name in os.listdir(leases.folder) if not name.startswith((".", "run.")) and leases.is_live(name)}
+    """Removes temporary files of dead processes.
+
+    A worker takes the lease of a shard before it makes files: so a file seen first and a lease
+    looked at second never make a live worker's file look dead.
+    """
     shards = folder / SHARD_FOLDER
-    for path in shards.iterdir() if shards.is_dir() else ():
-        if ".tmp." in path.name and path.name.partition(".")[0] not in live:
+    found = [path for path in shards.iterdir() if ".tmp." in path.name] if shards.is_dir() else []
+    for path in found:
+        if not leases.is_live(path.name.partition(".")[0]):
             path.unlink(missing_ok=True)
 
 
