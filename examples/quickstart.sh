@@ -16,7 +16,7 @@ GLOBAL_BATCH_SIZE=8
 CHECK_TOKENS=200 # logits are compared on as many
 
 source tools/environment.sh
-prepare_environment dev
+prepare_environment dev data
 
 if [ -e "$RUN" ] && [ ! -e "$RUN/settings.json" ] && [ -n "$(ls -A "$RUN" 2>/dev/null)" ]; then
     say "error: $RUN exists and is not a quickstart run; name another folder: bash examples/quickstart.sh FOLDER"

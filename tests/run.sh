@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
-prepare_environment dev
+prepare_environment dev data
 
 export OMP_NUM_THREADS=1 # ranks share two cores; more threads only make them wait for each other
 "$PYTHON" -m ruff check .

@@ -14,8 +14,12 @@ import pytest
 from megatron_hybrid.tools.atomic_file import atomic_open
 from megatron_hybrid.tools.cli import ToolError, run_cli
 
-TOOLS = ["gather_corpus", "train_tokenizer", "preprocess", "plot_run"]
+TOOLS = [
+    *("gather_corpus", "train_tokenizer", "preprocess", "plot_run"),
+    *("inspect_data", "mix", "import_tokens", "bench_preprocess"),
+]
 HEAVY = {"torch", "megatron", "transformers", "tensorboard", "matplotlib", "sentencepiece", "zstandard"}
+HEAVY |= {"pyarrow", "fastokens", "tokenizers", "fsspec", "isal"}
 
 
 @pytest.mark.parametrize("tool", TOOLS)
