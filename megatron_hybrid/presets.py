@@ -27,7 +27,8 @@ _FAMILY: Flags = {
     "no-create-attention-mask-in-dataloader": True,
 }
 
-#: Ai2's optimizer settings (which parameters decay is Megatron's choice so far), checkpoints that resume under any split.
+#: Ai2's optimizer settings (which parameters decay is still Megatron's choice), and checkpoints that can be resumed
+#: under any split.
 _TRAINING: Flags = {
     "optimizer": "adam",
     "adam-beta1": 0.9,
