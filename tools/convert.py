@@ -97,11 +97,12 @@ def export(options: ExportOptions) -> str:
     try:
         # First of all, so that a folder left by a killed run is known to be ours.
         write_json(working / RECORD_FILE, {"status": "incomplete"})
-        hashes = write_shards(source, options.dtype, shards, working)
-        files = check_written(shards, working)
+        # Before the weights: what is wrong with a tokenizer shows at once.
         write_json(working / "config.json", hf_config(source.config, shards[0][0].dtype))
         write_json(working / "generation_config.json", generation_config(source.config))
         tokenizer_note = write_tokenizer_files(options.tokenizer_model, source.config, working)
+        hashes = write_shards(source, options.dtype, shards, working)
+        files = check_written(shards, working)
         write_json(working / RECORD_FILE, conversion_record(source, options, shards, hashes, tokenizer_note))
         publish(working, output)
     except BaseException:
