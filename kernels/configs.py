@@ -1,0 +1,38 @@
+"""How each kernel is launched: a table, not a search at start-up.
+
+An entry belongs to one GPU architecture, triton version and pair of head sizes, because each of these can change
+whether a configuration is right as well as how fast it is. `tools/tune_kernels.py` finds entries and says which
+passed: agreement with the reference, and the same bits twice.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Launch(NamedTuple):
+    """warps and stages as triton's num_warps and num_stages; block: columns of V (or channels) per program."""
+
+    warps: int
+    stages: int
+    block: int = 0
+
+
+#: What every entry starts from.
+DEFAULTS = {
+    "prepare": Launch(4, 1),
+    "scan": Launch(4, 2, 64),
+    "output": Launch(4, 1),
+    "norm_backward": Launch(4, 1),
+    "adjoint_scan": Launch(4, 2, 64),
+    "gradients": Launch(8, 2, 64),
+    "conv_backward": Launch(1, 1, 256),
+}
+
+
+def launch_for(kernel: str, K: int, V: int) -> Launch:
+    """The launch of one kernel for these head sizes on the current device."""
+    return DEFAULTS[kernel]

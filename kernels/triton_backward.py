@@ -1,0 +1,314 @@
+"""Gradients of the gated delta rule in solve-adjoint form. Letters as in triton_tiles.py, formulas in triton_prepare.py.
+
+With dS the gradient of the state leaving a chunk, gam = exp(G) and dec = exp(G_C - G):
+
+    dU = P^T dO + diag(dec) K dS          dR = Tb^T dU, which is dV
+    dS entering = gam_C dS + scale (diag(gam) Q)^T dO - (diag(gam) K)^T dR
+    dQ = scale diag(gam) dO S^T + dP K    dP = scale Gam o lower(dO U^T)
+    dK = diag(dec) U dS^T - diag(gam) dR S^T + dP^T Q + (dN + dN^T) K,   dN = -Gam o strict_lower(dR U^T)
+    dx_i = (1 - beta_i / m) dR_i.U_i / beta_i      for beta = m sigmoid(x): both terms of the textbook form at once
+
+dN is the whole gradient through the inverse, so nothing is inverted or multiplied by Tb twice. The scan needs only its
+own columns of V; `gradients_kernel` needs all of them and no order. The gate's gradient is taken directly, term by
+term: the shorter identity dG_i = q_i.dq_i - v_i.dv_i cancels for heads that decay fast.
+"""
+
+import triton
+import triton.language as tl
+
+from megatron_hybrid.kernels.triton_forward import output_tile
+from megatron_hybrid.kernels.triton_tiles import (
+    load_block,
+    load_columns,
+    load_state,
+    load_state_fp32,
+    load_tile,
+    locate_chunk,
+    locate_document,
+    sigmoid_fp32,
+    softplus_fp32,
+    store_columns,
+    store_state,
+    store_state_fp32,
+    store_tile,
+)
+
+
+@triton.jit
+def norm_backward_part(o, z, dy, w, rstd):
+    """(gradient of o * rstd, gradient of z, gradient of the weight) for one part of the columns."""
+    gate = sigmoid_fp32(z)
+    normalised = o * rstd[:, None]
+    dz = dy * normalised * w[None, :] * gate * (1.0 + z * (1.0 - gate))
+    dy_gated = dy * z * gate
+    return dy_gated * w[None, :], dz, tl.sum(dy_gated * normalised, 0)
+
+
+@triton.jit(do_not_specialize=["T"])
+def norm_backward_kernel(
+    q_in, P_in, G_in, h_in, u_in, z_in, dy_in, norm_w, do_out, dz_out, dw_out,
+    bounds, chunk_doc, chunk_start, T, scale, eps, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh, dz_sb, dz_st, dz_sh,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Backward of the gated RMSNorm of one chunk and head; the output is computed again instead of kept.
+
+    dw_out [NC, H, V] fp32 holds the weight's gradient chunk by chunk: summed afterwards, in a fixed order.
+    """
+    i_c = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    chunk = i_c.to(tl.int64) * H + i_h
+    c0 = tl.arange(0, VA)
+    c1 = VA + tl.arange(0, VB)
+    if t0 >= length:
+        tl.store(dw_out + chunk * V + c0, tl.zeros([VA], dtype=tl.float32))
+        tl.store(dw_out + chunk * V + c1, tl.zeros([VB], dtype=tl.float32), mask=c1 < V)
+        return
+    left = length - t0
+    row = b * T + bos + t0
+    Hk: tl.constexpr = H // GROUP
+    r = tl.arange(0, C)
+    q = q_in + (row * Hk + i_h // GROUP) * K
+    q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
+    q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
+    P = tl.load(P_in + chunk * C * C + r[:, None] * C + r[None, :])
+    decay = scale * tl.exp(tl.load(G_in + chunk * C + r))
+    h = h_in + chunk * V * K
+    u = u_in + (row * H + i_h) * V
+    o0 = output_tile(q0, q1, P, decay, h, u, H * V, left, 0, C, VA, K, V, KA, KB)
+    o1 = output_tile(q0, q1, P, decay, h, u, H * V, left, VA, C, VB, K, V, KA, KB)
+    rstd = tl.rsqrt((tl.sum(o0 * o0, 1) + tl.sum(o1 * o1, 1)) / V + eps)
+    w0 = tl.load(norm_w + c0).to(tl.float32)
+    w1 = tl.load(norm_w + c1, mask=c1 < V, other=0.0).to(tl.float32)
+    dy = dy_in + b * dy_sb + (bos + t0) * dy_st + i_h.to(tl.int64) * dy_sh
+    dy0 = load_tile(dy, dy_st, left, 0, C, VA, V).to(tl.float32)
+    dy1 = load_tile(dy, dy_st, left, VA, C, VB, V).to(tl.float32)
+    if GATE:
+        z = z_in + b * z_sb + (bos + t0) * z_st + i_h.to(tl.int64) * z_sh
+        z0 = load_tile(z, z_st, left, 0, C, VA, V).to(tl.float32)
+        z1 = load_tile(z, z_st, left, VA, C, VB, V).to(tl.float32)
+        dn0, dz0, dw0 = norm_backward_part(o0, z0, dy0, w0, rstd)
+        dn1, dz1, dw1 = norm_backward_part(o1, z1, dy1, w1, rstd)
+        dz = dz_out + b * dz_sb + (bos + t0) * dz_st + i_h.to(tl.int64) * dz_sh
+        store_tile(dz, dz0, dz_st, left, 0, C, VA, V)
+        store_tile(dz, dz1, dz_st, left, VA, C, VB, V)
+    else:
+        dn0, dn1 = dy0 * w0[None, :], dy1 * w1[None, :]
+        dw0, dw1 = tl.sum(dy0 * o0 * rstd[:, None], 0), tl.sum(dy1 * o1 * rstd[:, None], 0)
+    mean = (tl.sum(dn0 * o0, 1) + tl.sum(dn1 * o1, 1)) * rstd * rstd / V
+    do = do_out + (row * H + i_h) * V
+    store_tile(do, (dn0 - o0 * mean[:, None]) * rstd[:, None], H * V, left, 0, C, VA, V)
+    store_tile(do, (dn1 - o1 * mean[:, None]) * rstd[:, None], H * V, left, VA, C, VB, V)
+    tl.store(dw_out + chunk * V + c0, dw0)
+    tl.store(dw_out + chunk * V + c1, dw1, mask=c1 < V)
+
+
+@triton.jit(do_not_specialize=["T"])
+def adjoint_scan_kernel(
+    q_in, k_in, Tb_in, P_in, G_in, do_in, dfinal, ds_out, dr_out, dinitial,
+    bounds, chunk_start, T, scale, do_sb, do_st, do_sh,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DFINAL: tl.constexpr, DINITIAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Backward through a document, last chunk first; BV columns of V per program, everything transposed.
+
+    Writes ds [NC, H, V, K], the gradient of the state leaving each chunk, and dr [B * T, H, V], the gradient of v.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = (tl.program_id(0) // NV) % H
+    n = tl.program_id(0) // (NV * H)
+    col = i_v * BV
+    b, bos, length, first_chunk = locate_document(n, T, bounds, chunk_start, PACKED, C)
+    num_chunks = tl.cdiv(length, C)
+    state = (n.to(tl.int64) * H + i_h) * K * V
+    if DFINAL:
+        d0 = load_state_fp32(dfinal + state, col, 0, BV, KA, V, K)
+        d1 = load_state_fp32(dfinal + state, col, KA, BV, KB, V, K)
+    else:
+        d0 = tl.zeros([BV, KA], dtype=tl.float32)
+        d1 = tl.zeros([BV, KB], dtype=tl.float32)
+    Hk: tl.constexpr = H // GROUP
+    dtype = k_in.dtype.element_ty
+    r = tl.arange(0, C)
+    last = tl.maximum(num_chunks - 1, 0).to(tl.int64)
+    row = b * T + bos + last * C
+    qk = (row * Hk + i_h // GROUP) * K
+    q, k = q_in + qk, k_in + qk
+    do = do_in + b * do_sb + (bos + last * C) * do_st + i_h.to(tl.int64) * do_sh
+    dr_row = dr_out + (row * H + i_h) * V
+    chunk = (first_chunk + last) * H + i_h
+    ds = ds_out + chunk * V * K
+    square = chunk * C * C + r[:, None] * C + r[None, :]
+    Tb_row, P_row = Tb_in + square, P_in + square
+    G_row = G_in + chunk * C
+    for i in range(num_chunks):
+        left = length - (num_chunks - 1 - i) * C
+        q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
+        q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
+        k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
+        k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
+        do_t = load_columns(do, do_st, left, col, C, BV, V)
+        P = tl.load(P_row)
+        Tb = tl.load(Tb_row)
+        G = tl.load(G_row + r)
+        G_end = tl.load(G_row + C - 1)
+        d0_low, d1_low = d0.to(dtype), d1.to(dtype)
+        store_state(ds, d0_low, col, 0, BV, KA, V, K)
+        store_state(ds, d1_low, col, KA, BV, KB, V, K)
+        du = tl.dot(d1_low, tl.trans(k1), tl.dot(d0_low, tl.trans(k0)))
+        du = tl.dot(do_t.to(dtype), P, du * tl.exp(G_end - G)[None, :])
+        dr = tl.dot(du.to(dtype), Tb)
+        store_columns(dr_row, dr, H * V, left, col, C, BV, V)
+        gam = tl.exp(G)[None, :]
+        do_decayed = (do_t.to(tl.float32) * (gam * scale)).to(dtype)
+        dr_decayed = (-dr * gam).to(dtype)
+        decay = tl.exp(G_end)
+        d0 = tl.dot(dr_decayed, k0, tl.dot(do_decayed, q0, d0 * decay))
+        d1 = tl.dot(dr_decayed, k1, tl.dot(do_decayed, q1, d1 * decay))
+        q -= C * Hk * K
+        k -= C * Hk * K
+        do -= C * do_st.to(tl.int64)
+        dr_row -= C * H * V
+        ds -= H * V * K
+        Tb_row -= H * C * C
+        P_row -= H * C * C
+        G_row -= H * C
+    if DINITIAL:
+        store_state_fp32(dinitial + state, d0, col, 0, BV, KA, V, K)
+        store_state_fp32(dinitial + state, d1, col, KA, BV, KB, V, K)
+
+
+@triton.jit
+def unnormalised(dx0, dx1, x0, x1, rstd):
+    """Gradient through x = rstd * raw, rstd = (sum(raw^2) + eps)^-1/2."""
+    along = tl.sum(dx0 * x0, 1) + tl.sum(dx1 * x1, 1)
+    return (dx0 - x0 * along[:, None]) * rstd[:, None], (dx1 - x1 * along[:, None]) * rstd[:, None]
+
+
+@triton.jit(do_not_specialize=["T"])
+def gradients_kernel(
+    q_in, k_in, P_in, G_in, beta_in, u_in, h_in, ds_in, do_in, dr_in, a_in, A_log, dt_bias, rstd_q, rstd_k,
+    dq_out, dk_out, da_out, db_out, dA_out, ddt_out,
+    bounds, chunk_doc, chunk_start, T, scale, do_sb, do_st, do_sh, a_sb, a_st, da_sb, da_st, db_sb, db_st,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of q, k (before their normalisation), a, b for one chunk and head; dA_log and ddt_bias per chunk.
+
+    dq_out and dk_out are [B * T, H, K]: one gradient per value head, also when value heads share a key head.
+    dA_out and ddt_out are [NC, H] fp32, summed afterwards in a fixed order.
+    """
+    i_c = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    chunk = i_c.to(tl.int64) * H + i_h
+    if t0 >= length:
+        tl.store(dA_out + chunk, 0.0)
+        tl.store(ddt_out + chunk, 0.0)
+        return
+    left = length - t0
+    row = b * T + bos + t0
+    Hk: tl.constexpr = H // GROUP
+    NV: tl.constexpr = (V + BV - 1) // BV
+    dtype = q_in.dtype.element_ty
+    r = tl.arange(0, C)
+    do = do_in + b * do_sb + (bos + t0) * do_st + i_h.to(tl.int64) * do_sh
+    per_token = (row * H + i_h) * V
+    h = h_in + chunk * V * K
+    ds = ds_in + chunk * V * K
+    q_state0 = tl.zeros([C, KA], dtype=tl.float32)
+    q_state1 = tl.zeros([C, KB], dtype=tl.float32)
+    k_write0 = tl.zeros([C, KA], dtype=tl.float32)
+    k_write1 = tl.zeros([C, KB], dtype=tl.float32)
+    k_read0 = tl.zeros([C, KA], dtype=tl.float32)
+    k_read1 = tl.zeros([C, KB], dtype=tl.float32)
+    do_u = tl.zeros([C, C], dtype=tl.float32)
+    u_do = tl.zeros([C, C], dtype=tl.float32)
+    dr_u = tl.zeros([C, C], dtype=tl.float32)
+    u_dr = tl.zeros([C, C], dtype=tl.float32)
+    h_ds = 0.0
+    for i_v in range(NV):
+        v = i_v * BV
+        do_v = load_block(do, do_st, left, v, C, BV, V)
+        u_v = load_block(u_in + per_token, H * V, left, v, C, BV, V)
+        dr_v = load_block(dr_in + per_token, H * V, left, v, C, BV, V)
+        h0 = load_state(h, v, 0, BV, KA, V, K)
+        h1 = load_state(h, v, KA, BV, KB, V, K)
+        ds0 = load_state(ds, v, 0, BV, KA, V, K)
+        ds1 = load_state(ds, v, KA, BV, KB, V, K)
+        q_state0 = tl.dot(do_v, h0, q_state0)
+        q_state1 = tl.dot(do_v, h1, q_state1)
+        k_write0 = tl.dot(u_v, ds0, k_write0)
+        k_write1 = tl.dot(u_v, ds1, k_write1)
+        k_read0 = tl.dot(dr_v, h0, k_read0)
+        k_read1 = tl.dot(dr_v, h1, k_read1)
+        # Both orders of each product: a transposed accumulator must not become an operand on Hopper (triton 3.6).
+        do_u = tl.dot(do_v, tl.trans(u_v), do_u)
+        u_do = tl.dot(u_v, tl.trans(do_v), u_do)
+        dr_u = tl.dot(dr_v, tl.trans(u_v), dr_u)
+        u_dr = tl.dot(u_v, tl.trans(dr_v), u_dr)
+        h_ds += tl.sum(h0.to(tl.float32) * ds0.to(tl.float32)) + tl.sum(h1.to(tl.float32) * ds1.to(tl.float32))
+
+    G = tl.load(G_in + chunk * C + r)
+    G_end = tl.load(G_in + chunk * C + C - 1)
+    beta = tl.load(beta_in + chunk * C + r)
+    qk = (row * Hk + i_h // GROUP) * K
+    q0 = load_tile(q_in + qk, Hk * K, left, 0, C, KA, K)
+    q1 = load_tile(q_in + qk, Hk * K, left, KA, C, KB, K)
+    k0 = load_tile(k_in + qk, Hk * K, left, 0, C, KA, K)
+    k1 = load_tile(k_in + qk, Hk * K, left, KA, C, KB, K)
+    gam = tl.exp(G)
+    dec = tl.exp(G_end - G)
+    dq0, dq1 = q_state0 * (scale * gam)[:, None], q_state1 * (scale * gam)[:, None]
+    k_write0, k_write1 = k_write0 * dec[:, None], k_write1 * dec[:, None]
+    k_read0, k_read1 = k_read0 * -gam[:, None], k_read1 * -gam[:, None]
+    written = tl.sum(k0 * k_write0, 1) + tl.sum(k1 * k_write1, 1)
+    dG = tl.sum(q0 * dq0, 1) + tl.sum(q1 * dq1, 1) + tl.sum(k0 * k_read0, 1) + tl.sum(k1 * k_read1, 1) - written
+    dG_end = tl.sum(written) + tl.exp(G_end) * h_ds
+
+    i, j = r[:, None], r[None, :]
+    P = tl.load(P_in + chunk * C * C + i * C + j).to(tl.float32)
+    do_u_P = do_u * P
+    dG += tl.sum(do_u_P, 1) - tl.sum(do_u_P, 0)
+    lower = tl.where(i >= j, tl.exp(tl.where(i >= j, G[:, None] - G[None, :], 0.0)), 0.0)
+    upper = tl.where(i <= j, tl.exp(tl.where(i <= j, G[None, :] - G[:, None], 0.0)), 0.0)
+    dN = tl.where(i > j, -lower * dr_u, 0.0)
+    k_k = tl.dot(k1, tl.trans(k1), tl.dot(k0, tl.trans(k0)))
+    dN_k_k = dN * k_k
+    dG += tl.sum(dN_k_k, 1) - tl.sum(dN_k_k, 0)
+    dr_dot_u = tl.sum(tl.where(i == j, dr_u, 0.0), 1)
+
+    dP = (do_u * lower * scale).to(dtype)
+    dq0, dq1 = tl.dot(dP, k0, dq0), tl.dot(dP, k1, dq1)
+    dP_t = (u_do * upper * scale).to(dtype)
+    both = (dN + tl.where(i < j, -upper * u_dr, 0.0)).to(dtype)
+    dk0 = tl.dot(both, k0, tl.dot(dP_t, q0, k_write0 + k_read0))
+    dk1 = tl.dot(both, k1, tl.dot(dP_t, q1, k_write1 + k_read1))
+    if L2NORM:
+        scalars = (i_c.to(tl.int64) * Hk + i_h // GROUP) * C + r
+        dq0, dq1 = unnormalised(dq0, dq1, q0, q1, tl.load(rstd_q + scalars))
+        dk0, dk1 = unnormalised(dk0, dk1, k0, k1, tl.load(rstd_k + scalars))
+    out = (row * H + i_h) * K
+    store_tile(dq_out + out, dq0, H * K, left, 0, C, KA, K)
+    store_tile(dq_out + out, dq1, H * K, left, KA, C, KB, K)
+    store_tile(dk_out + out, dk0, H * K, left, 0, C, KA, K)
+    store_tile(dk_out + out, dk1, H * K, left, KA, C, KB, K)
+
+    dg = tl.cumsum(dG, 0, reverse=True) + dG_end
+    valid = r < left
+    # sigmoid(b) = 0 exactly when b < -88: the limit of the gradient is 0 as well.
+    db = (1.0 - beta / BETA_MAX) * tl.where(beta > 0.0, dr_dot_u / tl.where(beta > 0.0, beta, 1.0), 0.0)
+    x = tl.load(a_in + b * a_sb + (bos + t0 + r) * a_st + i_h, mask=valid, other=0.0).to(tl.float32)
+    x += tl.load(dt_bias + i_h).to(tl.float32)
+    decay_rate = -tl.exp(tl.load(A_log + i_h).to(tl.float32))
+    da = tl.where(valid, dg * decay_rate * sigmoid_fp32(x), 0.0)
+    dA = tl.where(valid, dg * decay_rate * softplus_fp32(x), 0.0)
+    tl.store(dA_out + chunk, tl.sum(dA))
+    tl.store(ddt_out + chunk, tl.sum(da))
+    tl.store(da_out + b * da_sb + (bos + t0 + r) * da_st + i_h, da.to(da_out.dtype.element_ty), mask=valid)
+    tl.store(db_out + b * db_sb + (bos + t0 + r) * db_st + i_h, db.to(db_out.dtype.element_ty), mask=valid)

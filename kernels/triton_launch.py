@@ -1,0 +1,306 @@
+"""Launches of the Triton kernels on whole tensors, without autograd. Letters as in triton_tiles.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_hybrid.kernels.configs import launch_for
+from megatron_hybrid.kernels.triton_backward import adjoint_scan_kernel, gradients_kernel, norm_backward_kernel
+from megatron_hybrid.kernels.triton_conv import conv_backward_kernel
+from megatron_hybrid.kernels.triton_forward import output_kernel, scan_kernel
+from megatron_hybrid.kernels.triton_prepare import prepare_kernel
+from megatron_hybrid.kernels.triton_tiles import CHUNK, Layout, make_layout, split_dim
+
+TAPS = 4  #: width of the short convolution inside the kernels; narrower ones are padded with zero taps
+SOLVE_PRECISION = "tf32x3"
+
+
+class Options(NamedTuple):
+    """What a call fixes besides its tensors."""
+
+    scale: float
+    allow_neg_eigval: bool = True
+    qk_l2norm: bool = True
+    states_every: int = 0  #: keep the state entering every n-th chunk for the backward; 0 keeps none
+    l2norm_eps: float = 1e-6
+    norm_eps: float = 1e-5
+
+    @property
+    def beta_max(self) -> float:
+        return 2.0 if self.allow_neg_eigval else 1.0
+
+
+class Problem(NamedTuple):
+    """Sizes, options and where the chunks are."""
+
+    B: int
+    T: int
+    Hk: int
+    H: int
+    K: int
+    V: int
+    options: Options
+    layout: Layout
+    segments: Layout | None  #: pieces of states_every chunks, when states are kept
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        layout = self.layout
+        return {"bounds": layout.bounds, "chunk_doc": layout.chunk_doc, "chunk_start": layout.chunk_start}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The constants every kernel takes."""
+        KA, KB = split_dim(self.K)
+        return {
+            "H": self.H, "GROUP": self.H // self.Hk, "K": self.K, "V": self.V, "KA": KA, "KB": KB, "C": CHUNK,
+            "PACKED": self.layout.is_packed,
+        }  # fmt: skip
+
+    def with_values(self, V: int) -> Problem:
+        return self._replace(V=V)
+
+
+def make_problem(q: Tensor, v: Tensor, options: Options, cu_seqlens: Tensor | None) -> Problem:
+    """q [B, T, Hk, K], v [B, T, H, V]; cu_seqlens [N + 1] or None."""
+    B, T, Hk, K = q.shape
+    H, V = v.shape[2:]
+    every = options.states_every
+    layout = make_layout(B, T, cu_seqlens, q.device)
+    segments = make_layout(B, T, cu_seqlens, q.device, CHUNK * every) if every > 0 else None
+    return Problem(B, T, Hk, H, K, V, options, layout, segments)
+
+
+class Gates(NamedTuple):
+    """Raw gate inputs [B, T, H], any strides but the last, and the per-head parameters [H]."""
+
+    a: Tensor
+    b: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+
+
+class Conv(NamedTuple):
+    """Four-tap weights [D, 4] of the q, k and v channels, and the inputs before each document [N, D, 3] or None."""
+
+    weight: Tensor
+    halo: Tensor | None
+
+
+class Solved(NamedTuple):
+    """What only the forward computes: G, beta [NC, H, C] fp32 and Tb [NC, H, C, C]."""
+
+    G: Tensor
+    beta: Tensor
+    Tb: Tensor
+
+
+class Prepared(NamedTuple):
+    """q, k [B * T, Hk, K], v [B, T, H, V], 1 / norms [NC, Hk, C] fp32, P [NC, H, C, C]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rstd_q: Tensor
+    rstd_k: Tensor
+    P: Tensor
+
+
+class States(NamedTuple):
+    """h [NC, H, V, K], u [B * T, H, V], kept states [segments, H, V, K] or None, final [N, H, K, V] fp32 or None."""
+
+    h: Tensor
+    u: Tensor
+    kept: Tensor | None
+    final: Tensor | None
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Batch, token and (with four dimensions) head strides by the kernels' parameter names."""
+    return {
+        f"{name}_s{letter}": stride
+        for name, x in tensors.items()
+        for letter, stride in zip("bth", x.stride()[:-1], strict=False)
+    }
+
+
+def prepare(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, gates: Gates, conv: Conv | None, solved: Solved | None = None
+) -> tuple[Prepared, Solved]:
+    """Chunk-local part of the forward; with `solved`, only what a backward pass needs again.
+
+    q, k [B, T, Hk, K] and v [B, T, H, V] have any strides but the last.
+    """
+    B, T, Hk, H, K, V, options, layout, _ = problem
+    rows, NC = B * T, layout.num_chunks
+    VA, VB = split_dim(V) if conv is not None else (16, 16)
+    fp32 = {"dtype": torch.float32, "device": q.device}
+    is_first = solved is None
+    if solved is None:
+        solved = Solved(
+            torch.empty(NC, H, CHUNK, **fp32), torch.empty(NC, H, CHUNK, **fp32), q.new_empty(NC, H, CHUNK, CHUNK)
+        )
+    made = Prepared(
+        q.new_empty(rows, Hk, K),
+        q.new_empty(rows, Hk, K),
+        v if conv is None else v.new_empty(B, T, H, V),
+        torch.empty(NC, Hk, CHUNK, **fp32),
+        torch.empty(NC, Hk, CHUNK, **fp32),
+        q.new_empty(NC, H, CHUNK, CHUNK),
+    )
+    weight = conv.weight if conv is not None else q
+    halo = conv.halo if conv is not None and conv.halo is not None else q
+    launch = launch_for("prepare", K, V)
+    prepare_kernel[(NC * H,)](
+        q, k, v, weight, halo, *gates,
+        made.q, made.k, made.v, made.rstd_q, made.rstd_k, *solved, made.P,
+        **problem.tables, T=T, scale=options.scale, eps=options.l2norm_eps,
+        **strides(q=q, k=k, v=v, a=gates.a, b=gates.b),
+        **problem.sizes, VA=VA, VB=VB, W=TAPS if conv is not None else 0,
+        HALO=halo is not q, L2NORM=options.qk_l2norm, BETA_MAX=options.beta_max, SOLVE=is_first,
+        PRECISION=SOLVE_PRECISION, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return made, solved
+
+
+def scan(
+    problem: Problem, made: Prepared, solved: Solved, *,
+    initial: Tensor | None = None, kept: Tensor | None = None, want_final: bool = False,
+) -> States:  # fmt: skip
+    """The states through all chunks: document by document, or, from the states kept before, all pieces at once.
+
+    initial [N, H, K, V] fp32.
+    """
+    B, T, Hk, H, K, V, options, layout, segments = problem
+    is_again = kept is not None
+    every = options.states_every
+    h = made.k.new_empty(layout.num_chunks, H, V, K)
+    u = made.k.new_empty(B * T, H, V)
+    final = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=h.device) if want_final else None
+    if kept is None and segments is not None:
+        kept = h if every == 1 else h.new_empty(segments.num_chunks, H, V, K)
+    where = layout if segments is None else segments
+    programs = where.num_chunks if is_again else layout.N
+    launch = launch_for("scan", K, V)
+    scan_kernel[(programs * H * triton.cdiv(V, launch.block),)](
+        made.k, made.v, solved.Tb, solved.G, h if initial is None else initial, h, u, h if kept is None else kept,
+        h if final is None else final,
+        layout.bounds, layout.chunk_start, where.chunk_doc, where.chunk_start, T, **strides(v=made.v),
+        **problem.sizes, BV=launch.block, SEGMENT=every if is_again else 0, EVERY=every if every > 1 else 0,
+        INITIAL=initial is not None, FINAL=want_final, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return States(h, u, kept, final)
+
+
+def output(
+    problem: Problem, made: Prepared, solved: Solved, states: States, z: Tensor | None, norm_weight: Tensor | None
+) -> Tensor:
+    """o [B, T, H, V], through the gated RMSNorm when norm_weight [V] is given (gate z [B, T, H, V] or None)."""
+    B, T, Hk, H, K, V, options, _, _ = problem
+    out = made.v.new_empty(B, T, H, V)
+    VA, VB = split_dim(V)
+    gate = out if z is None else z
+    launch = launch_for("output", K, V)
+    output_kernel[(problem.layout.num_chunks * H,)](
+        made.q, made.P, solved.G, states.h, states.u, gate, out if norm_weight is None else norm_weight, out,
+        **problem.tables, T=T, scale=options.scale, eps=options.norm_eps, **strides(z=gate), **problem.sizes,
+        VA=VA, VB=VB, NORM=norm_weight is not None, GATE=z is not None,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return out
+
+
+def norm_backward(
+    problem: Problem, made: Prepared, solved: Solved, states: States, z: Tensor | None, norm_weight: Tensor,
+    dy: Tensor, dz: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(do [B, T, H, V], gradient of norm_weight [V] fp32); dz [B, T, H, V] is written in place, any strides."""
+    B, T, Hk, H, K, V, options, layout, _ = problem
+    do = made.v.new_empty(B, T, H, V)
+    dw = torch.empty(layout.num_chunks, H, V, dtype=torch.float32, device=do.device)
+    VA, VB = split_dim(V)
+    gate, dgate = (do, do) if z is None or dz is None else (z, dz)
+    launch = launch_for("norm_backward", K, V)
+    norm_backward_kernel[(layout.num_chunks * H,)](
+        made.q, made.P, solved.G, states.h, states.u, gate, dy, norm_weight, do, dgate, dw,
+        **problem.tables, T=T, scale=options.scale, eps=options.norm_eps, **strides(z=gate, dy=dy, dz=dgate),
+        **problem.sizes, VA=VA, VB=VB, GATE=z is not None, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return do, dw.sum((0, 1))
+
+
+class Adjoint(NamedTuple):
+    """ds [NC, H, V, K], dr [B, T, H, V] (the gradient of v), dinitial [N, H, K, V] fp32 or None."""
+
+    ds: Tensor
+    dr: Tensor
+    dinitial: Tensor | None
+
+
+def adjoint_scan(
+    problem: Problem, made: Prepared, solved: Solved, do: Tensor, dfinal: Tensor | None, want_dinitial: bool
+) -> Adjoint:
+    """Gradients of the states, last chunk first. do [B, T, H, V] of any strides but the last."""
+    B, T, Hk, H, K, V, options, layout, _ = problem
+    ds = made.k.new_empty(layout.num_chunks, H, V, K)
+    dr = made.k.new_empty(B, T, H, V)
+    dinitial = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=ds.device) if want_dinitial else None
+    launch = launch_for("adjoint_scan", K, V)
+    adjoint_scan_kernel[(layout.N * H * triton.cdiv(V, launch.block),)](
+        made.q, made.k, solved.Tb, made.P, solved.G, do, ds if dfinal is None else dfinal, ds, dr,
+        ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, options.scale, **strides(do=do),
+        **problem.sizes, BV=launch.block, DFINAL=dfinal is not None, DINITIAL=want_dinitial,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return Adjoint(ds, dr, dinitial)
+
+
+class QKGradients(NamedTuple):
+    """dq, dk [B, T, Hk, K] before normalisation; dA_log, ddt_bias [H] fp32."""
+
+    dq: Tensor
+    dk: Tensor
+    dA_log: Tensor
+    ddt_bias: Tensor
+
+
+def gradients(
+    problem: Problem, made: Prepared, solved: Solved, states: States, adjoint: Adjoint, do: Tensor, gates: Gates,
+    da: Tensor, db: Tensor,
+) -> QKGradients:  # fmt: skip
+    """Everything that needs all V columns of a chunk; da and db [B, T, H] are written in place."""
+    B, T, Hk, H, K, V, options, layout, _ = problem
+    dq, dk = made.q.new_empty(B, T, H, K), made.k.new_empty(B, T, H, K)
+    dA, ddt = torch.empty(2, layout.num_chunks, H, dtype=torch.float32, device=dq.device)
+    launch = launch_for("gradients", K, V)
+    gradients_kernel[(layout.num_chunks * H,)](
+        made.q, made.k, made.P, solved.G, solved.beta, states.u, states.h, adjoint.ds, do, adjoint.dr,
+        gates.a, gates.A_log, gates.dt_bias, made.rstd_q, made.rstd_k, dq, dk, da, db, dA, ddt,
+        **problem.tables, T=T, scale=options.scale, **strides(do=do, a=gates.a, da=da, db=db), **problem.sizes,
+        BV=launch.block, L2NORM=options.qk_l2norm, BETA_MAX=options.beta_max,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    if H != Hk:
+        dq, dk = (x.unflatten(2, (Hk, H // Hk)).sum(3, dtype=torch.float32).to(x.dtype) for x in (dq, dk))
+    return QKGradients(dq, dk, dA.sum(0), ddt.sum(0))
+
+
+def conv_backward(
+    problem: Problem, x: Tensor, conv: Conv, dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor
+) -> Tensor:
+    """Gradient [D, 4] fp32 of the conv weight; dx [B, T, D] is written in place, any strides but the last."""
+    B, T, Hk, H, K, V, _, layout, _ = problem
+    launch = launch_for("conv_backward", K, V)
+    DQ, DV, BD = Hk * K, H * V, launch.block
+    dw = torch.empty(layout.num_chunks, 2 * DQ + DV, TAPS, dtype=torch.float32, device=x.device)
+    blocks = 2 * triton.cdiv(DQ, BD) + triton.cdiv(DV, BD)
+    conv_backward_kernel[(layout.num_chunks * blocks,)](
+        x, conv.weight, x if conv.halo is None else conv.halo, dq, dk, dv, dx, dw, **problem.tables, T=T,
+        **strides(x=x, dx=dx), DQ=DQ, DV=DV, BD=BD, C=CHUNK, HALO=conv.halo is not None,
+        PACKED=layout.is_packed, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return dw.sum(0)
