@@ -23,13 +23,15 @@ class Launch(NamedTuple):
 
 #: What every entry starts from.
 DEFAULTS = {
+    "conv": Launch(4, 1, 64),
+    "diagonal": Launch(1, 1),
     "prepare": Launch(4, 1),
-    "scan": Launch(4, 2, 64),
-    "output": Launch(4, 1),
-    "norm_backward": Launch(4, 1),
-    "adjoint_scan": Launch(4, 2, 64),
+    "scan": Launch(4, 3, 64),
+    "output": Launch(4, 1, 64),
+    "norm_backward": Launch(4, 1, 64),
+    "adjoint_scan": Launch(4, 3, 64),
     "gradients": Launch(8, 2, 64),
-    "conv_backward": Launch(1, 1, 256),
+    "conv_backward": Launch(1, 1, 128),
 }
 
 

@@ -31,7 +31,7 @@ class DeltaRule(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         problem = make_problem(q, v, options, cu_seqlens)
         gates = Gates(a, b, A_log, dt_bias)
-        made, solved = launch.prepare(problem, q, k, v, gates, None)
+        made, solved = launch.prepare(problem, (q, k, v), gates, None)
         states = launch.scan(problem, made, solved, initial=initial, want_final=want_final)
         o = launch.output(problem, made, solved, states, None, None)
         ctx.save_for_backward(q, k, v, *gates, *solved, states.kept, initial)
@@ -45,7 +45,7 @@ class DeltaRule(torch.autograd.Function):
         q, k, v, a, b, A_log, dt_bias, G, beta, Tb, kept, initial = ctx.saved_tensors
         problem: Problem = ctx.problem
         gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb)
-        made, _ = launch.prepare(problem, q, k, v, gates, None, solved)
+        made, _ = launch.prepare(problem, (q, k, v), gates, None, solved)
         states = launch.scan(problem, made, solved, initial=initial, kept=kept)
         do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else with_unit_stride(do)
         dfinal = None if dfinal is None else dfinal.contiguous()
@@ -68,8 +68,8 @@ class MixerCore(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         q, k, v, z = split_projection(qkvz, heads)
         problem = make_problem(q, v, options, cu_seqlens)
-        gates = Gates(*ab.chunk(2, dim=-1), A_log, dt_bias)
-        made, solved = launch.prepare(problem, q, k, v, gates, Conv(conv_weight, None))
+        gates, x = Gates(*ab.chunk(2, dim=-1), A_log, dt_bias), qkvz[..., : conv_weight.shape[0]]
+        made, solved = launch.prepare(problem, (x, x, x), gates, Conv(conv_weight, None))
         states = launch.scan(problem, made, solved)
         y = launch.output(problem, made, solved, states, z, norm_weight)
         ctx.save_for_backward(qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, *solved, states.kept)
@@ -81,9 +81,10 @@ class MixerCore(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, G, beta, Tb, kept = ctx.saved_tensors
         problem: Problem = ctx.problem
-        q, k, v, z = split_projection(qkvz, ctx.heads)
+        _, _, _, z = split_projection(qkvz, ctx.heads)
+        x = qkvz[..., : conv_weight.shape[0]]
         gates, solved, conv = Gates(*ab.chunk(2, dim=-1), A_log, dt_bias), Solved(G, beta, Tb), Conv(conv_weight, None)
-        made, _ = launch.prepare(problem, q, k, v, gates, conv, solved)
+        made, _ = launch.prepare(problem, (x, x, x), gates, conv, solved)
         states = launch.scan(problem, made, solved, kept=kept)
         dqkvz = torch.empty(qkvz.shape, dtype=qkvz.dtype, device=qkvz.device)
         dab = torch.empty(ab.shape, dtype=ab.dtype, device=ab.device)
@@ -113,7 +114,7 @@ class Summary(torch.autograd.Function):
         widened, initial = Summary.widen(k, v, 1 if cu_seqlens is None else len(cu_seqlens) - 1)
         problem = make_problem(k, widened, options, cu_seqlens)
         gates = Gates(a, b, A_log, dt_bias)
-        made, solved = launch.prepare(problem, k, k, widened, gates, None)
+        made, solved = launch.prepare(problem, (k, k, widened), gates, None)
         states = launch.scan(problem, made, solved, initial=initial, want_final=True)
         ctx.save_for_backward(k, v, *gates, *solved, states.kept)
         ctx.problem = problem
@@ -135,7 +136,7 @@ class Summary(torch.autograd.Function):
         problem: Problem = ctx.problem
         gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb)
         widened, initial = Summary.widen(k, v, problem.layout.N // problem.B)
-        made, _ = launch.prepare(problem, k, k, widened, gates, None, solved)
+        made, _ = launch.prepare(problem, (k, k, widened), gates, None, solved)
         states = launch.scan(problem, made, solved, initial=initial, kept=kept)
         do = torch.zeros_like(widened)
         adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal.contiguous(), want_dinitial=False)

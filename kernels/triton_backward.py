@@ -19,7 +19,6 @@ import triton.language as tl
 from megatron_hybrid.kernels.triton_forward import output_tile
 from megatron_hybrid.kernels.triton_tiles import (
     load_block,
-    load_columns,
     load_state,
     load_state_fp32,
     load_tile,
@@ -27,6 +26,7 @@ from megatron_hybrid.kernels.triton_tiles import (
     locate_document,
     sigmoid_fp32,
     softplus_fp32,
+    store_block,
     store_columns,
     store_state,
     store_state_fp32,
@@ -35,13 +35,13 @@ from megatron_hybrid.kernels.triton_tiles import (
 
 
 @triton.jit
-def norm_backward_part(o, z, dy, w, rstd):
-    """(gradient of o * rstd, gradient of z, gradient of the weight) for one part of the columns."""
-    gate = sigmoid_fp32(z)
-    normalised = o * rstd[:, None]
-    dz = dy * normalised * w[None, :] * gate * (1.0 + z * (1.0 - gate))
-    dy_gated = dy * z * gate
-    return dy_gated * w[None, :], dz, tl.sum(dy_gated * normalised, 0)
+def gate_backward(dy, z, w, GATE: tl.constexpr):
+    """(gradient of the normalised output, silu(z), its derivative) from the gradient of the gated one."""
+    if GATE:
+        gate = sigmoid_fp32(z)
+        return dy * w[None, :] * z * gate, z * gate, gate * (1.0 + z * (1.0 - gate))
+    else:
+        return dy * w[None, :], dy * 0.0 + 1.0, dy * 0.0
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -49,27 +49,28 @@ def norm_backward_kernel(
     q_in, P_in, G_in, h_in, u_in, z_in, dy_in, norm_w, do_out, dz_out, dw_out,
     bounds, chunk_doc, chunk_start, T, scale, eps, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh, dz_sb, dz_st, dz_sh,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KA: tl.constexpr, KB: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, C: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Backward of the gated RMSNorm of one chunk and head; the output is computed again instead of kept.
 
-    dw_out [NC, H, V] fp32 holds the weight's gradient chunk by chunk: summed afterwards, in a fixed order.
+    Twice, as in output_kernel. dw_out [NC, H, V] fp32 holds the weight's gradient chunk by chunk: summed afterwards,
+    in a fixed order.
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
     chunk = i_c.to(tl.int64) * H + i_h
-    c0 = tl.arange(0, VA)
-    c1 = VA + tl.arange(0, VB)
-    if t0 >= length:
-        tl.store(dw_out + chunk * V + c0, tl.zeros([VA], dtype=tl.float32))
-        tl.store(dw_out + chunk * V + c1, tl.zeros([VB], dtype=tl.float32), mask=c1 < V)
-        return
     left = length - t0
     row = b * T + bos + t0
     Hk: tl.constexpr = H // GROUP
+    NV: tl.constexpr = (V + BV - 1) // BV
     r = tl.arange(0, C)
+    if left <= 0:
+        for i_v in range(NV):
+            c = i_v * BV + tl.arange(0, BV)
+            tl.store(dw_out + chunk * V + c, tl.zeros([BV], dtype=tl.float32), mask=c < V)
+        return
     q = q_in + (row * Hk + i_h // GROUP) * K
     q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
     q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
@@ -77,45 +78,48 @@ def norm_backward_kernel(
     decay = scale * tl.exp(tl.load(G_in + chunk * C + r))
     h = h_in + chunk * V * K
     u = u_in + (row * H + i_h) * V
-    o0 = output_tile(q0, q1, P, decay, h, u, H * V, left, 0, C, VA, K, V, KA, KB)
-    o1 = output_tile(q0, q1, P, decay, h, u, H * V, left, VA, C, VB, K, V, KA, KB)
-    rstd = tl.rsqrt((tl.sum(o0 * o0, 1) + tl.sum(o1 * o1, 1)) / V + eps)
-    w0 = tl.load(norm_w + c0).to(tl.float32)
-    w1 = tl.load(norm_w + c1, mask=c1 < V, other=0.0).to(tl.float32)
-    dy = dy_in + b * dy_sb + (bos + t0) * dy_st + i_h.to(tl.int64) * dy_sh
-    dy0 = load_tile(dy, dy_st, left, 0, C, VA, V).to(tl.float32)
-    dy1 = load_tile(dy, dy_st, left, VA, C, VB, V).to(tl.float32)
-    if GATE:
-        z = z_in + b * z_sb + (bos + t0) * z_st + i_h.to(tl.int64) * z_sh
-        z0 = load_tile(z, z_st, left, 0, C, VA, V).to(tl.float32)
-        z1 = load_tile(z, z_st, left, VA, C, VB, V).to(tl.float32)
-        dn0, dz0, dw0 = norm_backward_part(o0, z0, dy0, w0, rstd)
-        dn1, dz1, dw1 = norm_backward_part(o1, z1, dy1, w1, rstd)
-        dz = dz_out + b * dz_sb + (bos + t0) * dz_st + i_h.to(tl.int64) * dz_sh
-        store_tile(dz, dz0, dz_st, left, 0, C, VA, V)
-        store_tile(dz, dz1, dz_st, left, VA, C, VB, V)
-    else:
-        dn0, dn1 = dy0 * w0[None, :], dy1 * w1[None, :]
-        dw0, dw1 = tl.sum(dy0 * o0 * rstd[:, None], 0), tl.sum(dy1 * o1 * rstd[:, None], 0)
-    mean = (tl.sum(dn0 * o0, 1) + tl.sum(dn1 * o1, 1)) * rstd * rstd / V
     do = do_out + (row * H + i_h) * V
-    store_tile(do, (dn0 - o0 * mean[:, None]) * rstd[:, None], H * V, left, 0, C, VA, V)
-    store_tile(do, (dn1 - o1 * mean[:, None]) * rstd[:, None], H * V, left, VA, C, VB, V)
-    tl.store(dw_out + chunk * V + c0, dw0)
-    tl.store(dw_out + chunk * V + c1, dw1, mask=c1 < V)
+    dy = dy_in + b * dy_sb + (bos + t0) * dy_st + i_h.to(tl.int64) * dy_sh
+    z = z_in + b * z_sb + (bos + t0) * z_st + i_h.to(tl.int64) * z_sh
+    dz = dz_out + b * dz_sb + (bos + t0) * dz_st + i_h.to(tl.int64) * dz_sh
+    squares = tl.zeros([C], dtype=tl.float32)
+    along = tl.zeros([C], dtype=tl.float32)
+    for i_v in range(NV):
+        o = output_tile(q0, q1, P, decay, h, u, H * V, left, i_v * BV, C, BV, K, V, KA, KB)
+        c = i_v * BV + tl.arange(0, BV)
+        w = tl.load(norm_w + c, mask=c < V, other=0.0).to(tl.float32)
+        dy_v = load_block(dy, dy_st, left, i_v * BV, C, BV, V).to(tl.float32)
+        z_v = load_block(z, z_st, left, i_v * BV, C, BV, V).to(tl.float32)
+        dn, _, _ = gate_backward(dy_v, z_v, w, GATE)
+        squares += tl.sum(o * o, 1)
+        along += tl.sum(dn * o, 1)
+    rstd = tl.rsqrt(squares / V + eps)
+    along *= rstd * rstd / V
+    for i_v in range(NV):
+        o = output_tile(q0, q1, P, decay, h, u, H * V, left, i_v * BV, C, BV, K, V, KA, KB)
+        c = i_v * BV + tl.arange(0, BV)
+        w = tl.load(norm_w + c, mask=c < V, other=0.0).to(tl.float32)
+        dy_v = load_block(dy, dy_st, left, i_v * BV, C, BV, V).to(tl.float32)
+        z_v = load_block(z, z_st, left, i_v * BV, C, BV, V).to(tl.float32)
+        dn, silu, dsilu = gate_backward(dy_v, z_v, w, GATE)
+        store_block(do, (dn - o * along[:, None]) * rstd[:, None], H * V, left, i_v * BV, C, BV, V)
+        dy_o = dy_v * o * rstd[:, None]
+        if GATE:
+            store_block(dz, dy_o * w[None, :] * dsilu, dz_st, left, i_v * BV, C, BV, V)
+        tl.store(dw_out + chunk * V + c, tl.sum(dy_o * silu, 0), mask=c < V)
 
 
 @triton.jit(do_not_specialize=["T"])
 def adjoint_scan_kernel(
-    q_in, k_in, Tb_in, P_in, G_in, do_in, dfinal, ds_out, dr_out, dinitial,
-    bounds, chunk_start, T, scale, do_sb, do_st, do_sh,
+    scaled_q, k_in, Tb_in, P_in, G_in, do_in, dfinal, ds_out, dr_out, dinitial,
+    bounds, chunk_start, T, do_sb, do_st, do_sh,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DFINAL: tl.constexpr, DINITIAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Backward through a document, last chunk first; BV columns of V per program, everything transposed.
 
-    Writes ds [NC, H, V, K], the gradient of the state leaving each chunk, and dr [B * T, H, V], the gradient of v.
+    scaled_q [B * T, H, K] is scale exp(G) q. Writes ds [NC, H, V, K], the gradient of the state leaving each chunk, and dr [B * T, H, V], the gradient of v.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -136,8 +140,8 @@ def adjoint_scan_kernel(
     r = tl.arange(0, C)
     last = tl.maximum(num_chunks - 1, 0).to(tl.int64)
     row = b * T + bos + last * C
-    qk = (row * Hk + i_h // GROUP) * K
-    q, k = q_in + qk, k_in + qk
+    q = scaled_q + (row * H + i_h) * K
+    k = k_in + (row * Hk + i_h // GROUP) * K
     do = do_in + b * do_sb + (bos + last * C) * do_st + i_h.to(tl.int64) * do_sh
     dr_row = dr_out + (row * H + i_h) * V
     chunk = (first_chunk + last) * H + i_h
@@ -147,11 +151,11 @@ def adjoint_scan_kernel(
     G_row = G_in + chunk * C
     for i in range(num_chunks):
         left = length - (num_chunks - 1 - i) * C
-        q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
-        q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
+        q0 = load_tile(q, H * K, left, 0, C, KA, K)
+        q1 = load_tile(q, H * K, left, KA, C, KB, K)
         k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
         k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
-        do_t = load_columns(do, do_st, left, col, C, BV, V)
+        do_t = tl.trans(load_block(do, do_st, left, col, C, BV, V))
         P = tl.load(P_row)
         Tb = tl.load(Tb_row)
         G = tl.load(G_row + r)
@@ -160,16 +164,14 @@ def adjoint_scan_kernel(
         store_state(ds, d0_low, col, 0, BV, KA, V, K)
         store_state(ds, d1_low, col, KA, BV, KB, V, K)
         du = tl.dot(d1_low, tl.trans(k1), tl.dot(d0_low, tl.trans(k0)))
-        du = tl.dot(do_t.to(dtype), P, du * tl.exp(G_end - G)[None, :])
+        du = tl.dot(do_t, P, du * tl.exp(G_end - G)[None, :])
         dr = tl.dot(du.to(dtype), Tb)
         store_columns(dr_row, dr, H * V, left, col, C, BV, V)
-        gam = tl.exp(G)[None, :]
-        do_decayed = (do_t.to(tl.float32) * (gam * scale)).to(dtype)
-        dr_decayed = (-dr * gam).to(dtype)
+        dr_decayed = (dr * -tl.exp(G)[None, :]).to(dtype)
         decay = tl.exp(G_end)
-        d0 = tl.dot(dr_decayed, k0, tl.dot(do_decayed, q0, d0 * decay))
-        d1 = tl.dot(dr_decayed, k1, tl.dot(do_decayed, q1, d1 * decay))
-        q -= C * Hk * K
+        d0 = tl.dot(dr_decayed, k0, tl.dot(do_t, q0, d0 * decay))
+        d1 = tl.dot(dr_decayed, k1, tl.dot(do_t, q1, d1 * decay))
+        q -= C * H * K
         k -= C * Hk * K
         do -= C * do_st.to(tl.int64)
         dr_row -= C * H * V
@@ -189,11 +191,11 @@ def unnormalised(dx0, dx1, x0, x1, rstd):
     return (dx0 - x0 * along[:, None]) * rstd[:, None], (dx1 - x1 * along[:, None]) * rstd[:, None]
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "num_chunks"])
 def gradients_kernel(
     q_in, k_in, P_in, G_in, beta_in, u_in, h_in, ds_in, do_in, dr_in, a_in, A_log, dt_bias, rstd_q, rstd_k,
     dq_out, dk_out, da_out, db_out, dA_out, ddt_out,
-    bounds, chunk_doc, chunk_start, T, scale, do_sb, do_st, do_sh, a_sb, a_st, da_sb, da_st, db_sb, db_st,
+    bounds, chunk_doc, chunk_start, T, num_chunks, scale, do_sb, do_st, do_sh, a_sb, a_st, da_sb, da_st, db_sb, db_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, PACKED: tl.constexpr,
@@ -201,15 +203,17 @@ def gradients_kernel(
     """Gradients of q, k (before their normalisation), a, b for one chunk and head; dA_log and ddt_bias per chunk.
 
     dq_out and dk_out are [B * T, H, K]: one gradient per value head, also when value heads share a key head.
-    dA_out and ddt_out are [NC, H] fp32, summed afterwards in a fixed order.
+    dA_out and ddt_out are [H, NC] fp32, summed afterwards in a fixed order. V is gone through twice, for q and then
+    for k: all accumulators together would not fit the registers.
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
     chunk = i_c.to(tl.int64) * H + i_h
+    partial = i_h * num_chunks + i_c
     if t0 >= length:
-        tl.store(dA_out + chunk, 0.0)
-        tl.store(ddt_out + chunk, 0.0)
+        tl.store(dA_out + partial, 0.0)
+        tl.store(ddt_out + partial, 0.0)
         return
     left = length - t0
     row = b * T + bos + t0
@@ -221,84 +225,89 @@ def gradients_kernel(
     per_token = (row * H + i_h) * V
     h = h_in + chunk * V * K
     ds = ds_in + chunk * V * K
-    q_state0 = tl.zeros([C, KA], dtype=tl.float32)
-    q_state1 = tl.zeros([C, KB], dtype=tl.float32)
-    k_write0 = tl.zeros([C, KA], dtype=tl.float32)
-    k_write1 = tl.zeros([C, KB], dtype=tl.float32)
-    k_read0 = tl.zeros([C, KA], dtype=tl.float32)
-    k_read1 = tl.zeros([C, KB], dtype=tl.float32)
-    do_u = tl.zeros([C, C], dtype=tl.float32)
-    u_do = tl.zeros([C, C], dtype=tl.float32)
-    dr_u = tl.zeros([C, C], dtype=tl.float32)
-    u_dr = tl.zeros([C, C], dtype=tl.float32)
-    h_ds = 0.0
-    for i_v in range(NV):
-        v = i_v * BV
-        do_v = load_block(do, do_st, left, v, C, BV, V)
-        u_v = load_block(u_in + per_token, H * V, left, v, C, BV, V)
-        dr_v = load_block(dr_in + per_token, H * V, left, v, C, BV, V)
-        h0 = load_state(h, v, 0, BV, KA, V, K)
-        h1 = load_state(h, v, KA, BV, KB, V, K)
-        ds0 = load_state(ds, v, 0, BV, KA, V, K)
-        ds1 = load_state(ds, v, KA, BV, KB, V, K)
-        q_state0 = tl.dot(do_v, h0, q_state0)
-        q_state1 = tl.dot(do_v, h1, q_state1)
-        k_write0 = tl.dot(u_v, ds0, k_write0)
-        k_write1 = tl.dot(u_v, ds1, k_write1)
-        k_read0 = tl.dot(dr_v, h0, k_read0)
-        k_read1 = tl.dot(dr_v, h1, k_read1)
-        # Both orders of each product: a transposed accumulator must not become an operand on Hopper (triton 3.6).
-        do_u = tl.dot(do_v, tl.trans(u_v), do_u)
-        u_do = tl.dot(u_v, tl.trans(do_v), u_do)
-        dr_u = tl.dot(dr_v, tl.trans(u_v), dr_u)
-        u_dr = tl.dot(u_v, tl.trans(dr_v), u_dr)
-        h_ds += tl.sum(h0.to(tl.float32) * ds0.to(tl.float32)) + tl.sum(h1.to(tl.float32) * ds1.to(tl.float32))
-
     G = tl.load(G_in + chunk * C + r)
     G_end = tl.load(G_in + chunk * C + C - 1)
-    beta = tl.load(beta_in + chunk * C + r)
+    i, j = r[:, None], r[None, :]
     qk = (row * Hk + i_h // GROUP) * K
+    out = (row * H + i_h) * K
+
+    # First q: what the output sends back. The scores' gradient is kept, transposed, for k.
+    dq0 = tl.zeros([C, KA], dtype=tl.float32)
+    dq1 = tl.zeros([C, KB], dtype=tl.float32)
+    do_u = tl.zeros([C, C], dtype=tl.float32)
+    u_do = tl.zeros([C, C], dtype=tl.float32)
+    for i_v in range(NV):
+        do_v = load_block(do, do_st, left, i_v * BV, C, BV, V)
+        u_v = load_block(u_in + per_token, H * V, left, i_v * BV, C, BV, V)
+        dq0 = tl.dot(do_v, load_state(h, i_v * BV, 0, BV, KA, V, K), dq0)
+        dq1 = tl.dot(do_v, load_state(h, i_v * BV, KA, BV, KB, V, K), dq1)
+        # Both orders of the product: a transposed accumulator must not become an operand on Hopper (triton 3.6).
+        do_u = tl.dot(do_v, tl.trans(u_v), do_u)
+        u_do = tl.dot(u_v, tl.trans(do_v), u_do)
     q0 = load_tile(q_in + qk, Hk * K, left, 0, C, KA, K)
     q1 = load_tile(q_in + qk, Hk * K, left, KA, C, KB, K)
     k0 = load_tile(k_in + qk, Hk * K, left, 0, C, KA, K)
     k1 = load_tile(k_in + qk, Hk * K, left, KA, C, KB, K)
-    gam = tl.exp(G)
-    dec = tl.exp(G_end - G)
-    dq0, dq1 = q_state0 * (scale * gam)[:, None], q_state1 * (scale * gam)[:, None]
-    k_write0, k_write1 = k_write0 * dec[:, None], k_write1 * dec[:, None]
-    k_read0, k_read1 = k_read0 * -gam[:, None], k_read1 * -gam[:, None]
-    written = tl.sum(k0 * k_write0, 1) + tl.sum(k1 * k_write1, 1)
-    dG = tl.sum(q0 * dq0, 1) + tl.sum(q1 * dq1, 1) + tl.sum(k0 * k_read0, 1) + tl.sum(k1 * k_read1, 1) - written
-    dG_end = tl.sum(written) + tl.exp(G_end) * h_ds
-
-    i, j = r[:, None], r[None, :]
-    P = tl.load(P_in + chunk * C * C + i * C + j).to(tl.float32)
-    do_u_P = do_u * P
+    from_state = (scale * tl.exp(G))[:, None]
+    dq0, dq1 = dq0 * from_state, dq1 * from_state
+    dG = tl.sum(q0 * dq0, 1) + tl.sum(q1 * dq1, 1)
+    do_u_P = do_u * tl.load(P_in + chunk * C * C + i * C + j).to(tl.float32)
     dG += tl.sum(do_u_P, 1) - tl.sum(do_u_P, 0)
     lower = tl.where(i >= j, tl.exp(tl.where(i >= j, G[:, None] - G[None, :], 0.0)), 0.0)
-    upper = tl.where(i <= j, tl.exp(tl.where(i <= j, G[None, :] - G[:, None], 0.0)), 0.0)
-    dN = tl.where(i > j, -lower * dr_u, 0.0)
-    k_k = tl.dot(k1, tl.trans(k1), tl.dot(k0, tl.trans(k0)))
-    dN_k_k = dN * k_k
-    dG += tl.sum(dN_k_k, 1) - tl.sum(dN_k_k, 0)
-    dr_dot_u = tl.sum(tl.where(i == j, dr_u, 0.0), 1)
-
     dP = (do_u * lower * scale).to(dtype)
     dq0, dq1 = tl.dot(dP, k0, dq0), tl.dot(dP, k1, dq1)
-    dP_t = (u_do * upper * scale).to(dtype)
-    both = (dN + tl.where(i < j, -upper * u_dr, 0.0)).to(dtype)
-    dk0 = tl.dot(both, k0, tl.dot(dP_t, q0, k_write0 + k_read0))
-    dk1 = tl.dot(both, k1, tl.dot(dP_t, q1, k_write1 + k_read1))
     if L2NORM:
         scalars = (i_c.to(tl.int64) * Hk + i_h // GROUP) * C + r
         dq0, dq1 = unnormalised(dq0, dq1, q0, q1, tl.load(rstd_q + scalars))
-        dk0, dk1 = unnormalised(dk0, dk1, k0, k1, tl.load(rstd_k + scalars))
-    out = (row * H + i_h) * K
     store_tile(dq_out + out, dq0, H * K, left, 0, C, KA, K)
     store_tile(dq_out + out, dq1, H * K, left, KA, C, KB, K)
+    upper = tl.where(i <= j, tl.exp(tl.where(i <= j, G[None, :] - G[:, None], 0.0)), 0.0)
+    dP_t = (u_do * upper * scale).to(dtype)
+
+    # Then k: what it wrote into the state, what it read from it, and the scores.
+    write0 = tl.zeros([C, KA], dtype=tl.float32)
+    write1 = tl.zeros([C, KB], dtype=tl.float32)
+    read0 = tl.zeros([C, KA], dtype=tl.float32)
+    read1 = tl.zeros([C, KB], dtype=tl.float32)
+    dr_u = tl.zeros([C, C], dtype=tl.float32)
+    u_dr = tl.zeros([C, C], dtype=tl.float32)
+    h_ds0 = tl.zeros([KA], dtype=tl.float32)
+    h_ds1 = tl.zeros([KB], dtype=tl.float32)
+    for i_v in range(NV):
+        u_v = load_block(u_in + per_token, H * V, left, i_v * BV, C, BV, V)
+        dr_v = load_block(dr_in + per_token, H * V, left, i_v * BV, C, BV, V)
+        h0 = load_state(h, i_v * BV, 0, BV, KA, V, K)
+        h1 = load_state(h, i_v * BV, KA, BV, KB, V, K)
+        ds0 = load_state(ds, i_v * BV, 0, BV, KA, V, K)
+        ds1 = load_state(ds, i_v * BV, KA, BV, KB, V, K)
+        write0 = tl.dot(u_v, ds0, write0)
+        write1 = tl.dot(u_v, ds1, write1)
+        read0 = tl.dot(dr_v, h0, read0)
+        read1 = tl.dot(dr_v, h1, read1)
+        dr_u = tl.dot(dr_v, tl.trans(u_v), dr_u)
+        u_dr = tl.dot(u_v, tl.trans(dr_v), u_dr)
+        h_ds0 += tl.sum(h0.to(tl.float32) * ds0.to(tl.float32), 0)
+        h_ds1 += tl.sum(h1.to(tl.float32) * ds1.to(tl.float32), 0)
+    gam = tl.exp(G)[:, None]
+    dec = tl.exp(G_end - G)[:, None]
+    write0, write1 = write0 * dec, write1 * dec
+    read0, read1 = read0 * -gam, read1 * -gam
+    written = tl.sum(k0 * write0, 1) + tl.sum(k1 * write1, 1)
+    dG += tl.sum(k0 * read0, 1) + tl.sum(k1 * read1, 1) - written
+    dG_end = tl.sum(written) + tl.exp(G_end) * (tl.sum(h_ds0) + tl.sum(h_ds1))
+    dN = tl.where(i > j, -lower * dr_u, 0.0)
+    dN_k_k = dN * tl.dot(k1, tl.trans(k1), tl.dot(k0, tl.trans(k0)))
+    dG += tl.sum(dN_k_k, 1) - tl.sum(dN_k_k, 0)
+    dr_dot_u = tl.sum(tl.where(i == j, dr_u, 0.0), 1)
+    both = (dN + tl.where(i < j, -upper * u_dr, 0.0)).to(dtype)
+    dk0 = tl.dot(both, k0, tl.dot(dP_t, q0, write0 + read0))
+    dk1 = tl.dot(both, k1, tl.dot(dP_t, q1, write1 + read1))
+    if L2NORM:
+        dk0, dk1 = unnormalised(dk0, dk1, k0, k1, tl.load(rstd_k + scalars))
     store_tile(dk_out + out, dk0, H * K, left, 0, C, KA, K)
     store_tile(dk_out + out, dk1, H * K, left, KA, C, KB, K)
 
+    beta = tl.load(beta_in + chunk * C + r)
     dg = tl.cumsum(dG, 0, reverse=True) + dG_end
     valid = r < left
     # sigmoid(b) = 0 exactly when b < -88: the limit of the gradient is 0 as well.
@@ -308,7 +317,7 @@ def gradients_kernel(
     decay_rate = -tl.exp(tl.load(A_log + i_h).to(tl.float32))
     da = tl.where(valid, dg * decay_rate * sigmoid_fp32(x), 0.0)
     dA = tl.where(valid, dg * decay_rate * softplus_fp32(x), 0.0)
-    tl.store(dA_out + chunk, tl.sum(dA))
-    tl.store(ddt_out + chunk, tl.sum(da))
+    tl.store(dA_out + partial, tl.sum(dA))
+    tl.store(ddt_out + partial, tl.sum(da))
     tl.store(da_out + b * da_sb + (bos + t0 + r) * da_st + i_h, da.to(da_out.dtype.element_ty), mask=valid)
     tl.store(db_out + b * db_sb + (bos + t0 + r) * db_st + i_h, db.to(db_out.dtype.element_ty), mask=valid)

@@ -9,17 +9,17 @@ import triton
 import triton.language as tl
 
 from megatron_hybrid.kernels.triton_tiles import (
-    load_columns,
+    load_block,
     load_state,
     load_state_fp32,
     load_tile,
     locate_chunk,
     locate_document,
     sigmoid_fp32,
+    store_block,
     store_columns,
     store_state,
     store_state_fp32,
-    store_tile,
 )
 
 
@@ -91,7 +91,7 @@ def scan_kernel(
         left = length - start - c * C
         k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
         k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
-        v_t = load_columns(v, v_st, left, col, C, BV, V)
+        v_c = load_block(v, v_st, left, col, C, BV, V)
         Tb = tl.load(square)
         G = tl.load(G_row + r)
         G_end = tl.load(G_row + C - 1)
@@ -103,9 +103,10 @@ def scan_kernel(
                 saved = every_out + ((i_e + c // EVERY) * H + i_h) * K * V
                 store_state(saved, s0_low, col, 0, BV, KA, V, K)
                 store_state(saved, s1_low, col, KA, BV, KB, V, K)
+        # v goes to the matrix unit from shared memory: transposing it in registers kept its load from being ahead.
+        u = tl.dot(tl.trans(v_c), tl.trans(Tb))
         from_state = tl.dot(s1_low, tl.trans(k1), tl.dot(s0_low, tl.trans(k0)))
-        residual = v_t.to(tl.float32) - from_state * tl.exp(G)[None, :]
-        u = tl.dot(residual.to(dtype), tl.trans(Tb))
+        u = tl.dot((from_state * -tl.exp(G)[None, :]).to(dtype), tl.trans(Tb), u)
         store_columns(u_row, u, H * V, left, col, C, BV, V)
         written = (u * tl.exp(G_end - G)[None, :]).to(dtype)
         decay = tl.exp(G_end)
@@ -124,25 +125,28 @@ def scan_kernel(
 
 @triton.jit
 def output_tile(
-    q0, q1, P, decay, h, u, stride, left,
-    COL: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KA: tl.constexpr, KB: tl.constexpr,
+    q0, q1, P, decay, h, u, stride, left, col,
+    C: tl.constexpr, BV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
 ):  # fmt: skip
-    """Columns COL ... COL + BV of the output of one chunk in fp32; decay is scale exp(G)."""
-    h0 = load_state(h, COL, 0, BV, KA, V, K)
-    h1 = load_state(h, COL, KA, BV, KB, V, K)
+    """Columns col ... col + BV of the output of one chunk in fp32; decay is scale exp(G)."""
+    h0 = load_state(h, col, 0, BV, KA, V, K)
+    h1 = load_state(h, col, KA, BV, KB, V, K)
     from_state = tl.dot(q1, tl.trans(h1), tl.dot(q0, tl.trans(h0)))
-    return tl.dot(P, load_tile(u, stride, left, COL, C, BV, V), from_state * decay[:, None])
+    return tl.dot(P, load_block(u, stride, left, col, C, BV, V), from_state * decay[:, None])
 
 
 @triton.jit(do_not_specialize=["T"])
 def output_kernel(
     q_in, P_in, G_in, h_in, u_in, z_in, norm_w, out, bounds, chunk_doc, chunk_start, T, scale, eps, z_sb, z_st, z_sh,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KA: tl.constexpr, KB: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, C: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     NORM: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Output of one chunk and head, all V columns, and the gated RMSNorm over them when NORM."""
+    """Output of one chunk and head, all V columns, and the gated RMSNorm over them when NORM.
+
+    The norm needs all columns before the first is written: they are computed twice, the second time from what is
+    still in cache, so that few registers are held and several chunks share a multiprocessor.
+    """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
@@ -151,6 +155,7 @@ def output_kernel(
     left = length - t0
     row = b * T + bos + t0
     Hk: tl.constexpr = H // GROUP
+    NV: tl.constexpr = (V + BV - 1) // BV
     r = tl.arange(0, C)
     chunk = i_c.to(tl.int64) * H + i_h
     q = q_in + (row * Hk + i_h // GROUP) * K
@@ -160,20 +165,20 @@ def output_kernel(
     decay = scale * tl.exp(tl.load(G_in + chunk * C + r))
     h = h_in + chunk * V * K
     u = u_in + (row * H + i_h) * V
-    o0 = output_tile(q0, q1, P, decay, h, u, H * V, left, 0, C, VA, K, V, KA, KB)
-    o1 = output_tile(q0, q1, P, decay, h, u, H * V, left, VA, C, VB, K, V, KA, KB)
-    if NORM:
-        rstd = tl.rsqrt((tl.sum(o0 * o0, 1) + tl.sum(o1 * o1, 1)) / V + eps)
-        c0 = tl.arange(0, VA)
-        c1 = VA + tl.arange(0, VB)
-        o0 *= rstd[:, None] * tl.load(norm_w + c0).to(tl.float32)[None, :]
-        o1 *= rstd[:, None] * tl.load(norm_w + c1, mask=c1 < V, other=0.0).to(tl.float32)[None, :]
-        if GATE:
-            z = z_in + b * z_sb + (bos + t0) * z_st + i_h.to(tl.int64) * z_sh
-            z0 = load_tile(z, z_st, left, 0, C, VA, V).to(tl.float32)
-            z1 = load_tile(z, z_st, left, VA, C, VB, V).to(tl.float32)
-            o0 *= z0 * sigmoid_fp32(z0)
-            o1 *= z1 * sigmoid_fp32(z1)
     y = out + (row * H + i_h) * V
-    store_tile(y, o0, H * V, left, 0, C, VA, V)
-    store_tile(y, o1, H * V, left, VA, C, VB, V)
+    if NORM:
+        squares = tl.zeros([C], dtype=tl.float32)
+        for i_v in range(NV):
+            o = output_tile(q0, q1, P, decay, h, u, H * V, left, i_v * BV, C, BV, K, V, KA, KB)
+            squares += tl.sum(o * o, 1)
+        rstd = tl.rsqrt(squares / V + eps)
+    for i_v in range(NV):
+        o = output_tile(q0, q1, P, decay, h, u, H * V, left, i_v * BV, C, BV, K, V, KA, KB)
+        if NORM:
+            c = i_v * BV + tl.arange(0, BV)
+            o *= rstd[:, None] * tl.load(norm_w + c, mask=c < V, other=0.0).to(tl.float32)[None, :]
+            if GATE:
+                z = z_in + b * z_sb + (bos + t0) * z_st + i_h.to(tl.int64) * z_sh
+                z_v = load_block(z, z_st, left, i_v * BV, C, BV, V).to(tl.float32)
+                o *= z_v * sigmoid_fp32(z_v)
+        store_block(y, o, H * V, left, i_v * BV, C, BV, V)

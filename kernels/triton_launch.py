@@ -12,7 +12,7 @@ from megatron_hybrid.kernels.configs import launch_for
 from megatron_hybrid.kernels.triton_backward import adjoint_scan_kernel, gradients_kernel, norm_backward_kernel
 from megatron_hybrid.kernels.triton_conv import conv_backward_kernel
 from megatron_hybrid.kernels.triton_forward import output_kernel, scan_kernel
-from megatron_hybrid.kernels.triton_prepare import prepare_kernel
+from megatron_hybrid.kernels.triton_prepare import conv_kernel, diagonal_kernel, prepare_kernel
 from megatron_hybrid.kernels.triton_tiles import CHUNK, Layout, make_layout, split_dim
 
 TAPS = 4  #: width of the short convolution inside the kernels; narrower ones are padded with zero taps
@@ -100,11 +100,13 @@ class Solved(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """q, k [B * T, Hk, K], v [B, T, H, V], 1 / norms [NC, Hk, C] fp32, P [NC, H, C, C]."""
+    """q, k [B, T, Hk, K], v [B, T, H, V], scale exp(G) q [B, T, H, K] (backward only), 1 / norms [NC, Hk, C] fp32,
+    P [NC, H, C, C]."""
 
     q: Tensor
     k: Tensor
     v: Tensor
+    scaled_q: Tensor
     rstd_q: Tensor
     rstd_k: Tensor
     P: Tensor
@@ -128,41 +130,69 @@ def strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
+def convolve(problem: Problem, x: Tensor, conv: Conv) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k [B, T, Hk, K] normalised, v [B, T, H, V] and both 1 / norms [NC, Hk, C], from x [B, T, D] before its conv."""
+    B, T, Hk, H, K, V, options, layout, _ = problem
+    launch = launch_for("conv", K, V)
+    q, k, v = x.new_empty(B, T, Hk, K), x.new_empty(B, T, Hk, K), x.new_empty(B, T, H, V)
+    rstd_q, rstd_k = torch.empty(2, layout.num_chunks, Hk, CHUNK, dtype=torch.float32, device=x.device)
+    sizes = {name: size for name, size in problem.sizes.items() if name != "GROUP"}
+    conv_kernel[(layout.num_chunks * (2 * Hk + triton.cdiv(H * V, launch.block)),)](
+        x, conv.weight, x if conv.halo is None else conv.halo, q, k, v, rstd_q, rstd_k, **problem.tables, T=T,
+        eps=options.l2norm_eps, **strides(x=x), Hk=Hk, **sizes, BV=launch.block, W=TAPS, HALO=conv.halo is not None,
+        L2NORM=options.qk_l2norm, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return q, k, v, rstd_q, rstd_k
+
+
 def prepare(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, gates: Gates, conv: Conv | None, solved: Solved | None = None
-) -> tuple[Prepared, Solved]:
+    problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], gates: Gates, conv: Conv | None,
+    solved: Solved | None = None,
+) -> tuple[Prepared, Solved]:  # fmt: skip
     """Chunk-local part of the forward; with `solved`, only what a backward pass needs again.
 
-    q, k [B, T, Hk, K] and v [B, T, H, V] have any strides but the last.
+    inputs: q, k [B, T, Hk, K] and v [B, T, H, V], or with a convolution x [B, T, D] alone; any strides but the last.
     """
     B, T, Hk, H, K, V, options, layout, _ = problem
-    rows, NC = B * T, layout.num_chunks
-    VA, VB = split_dim(V) if conv is not None else (16, 16)
-    fp32 = {"dtype": torch.float32, "device": q.device}
-    is_first = solved is None
+    NC, is_again = layout.num_chunks, solved is not None
+    fp32 = {"dtype": torch.float32, "device": inputs[0].device}
+    if conv is None:
+        q, k, v = inputs
+        normalise = options.qk_l2norm
+        rstd_q, rstd_k = torch.empty(2, NC, Hk, CHUNK, **fp32)
+    else:
+        q, k, v, rstd_q, rstd_k = convolve(problem, inputs[0], conv)
+        normalise = False
+    if conv is None and not normalise:
+        q, k = q.contiguous(), k.contiguous()
+    made = Prepared(
+        q.new_empty(B, T, Hk, K) if normalise else q,
+        k.new_empty(B, T, Hk, K) if normalise else k,
+        v,
+        q.new_empty(B, T, H, K) if is_again else q,
+        rstd_q,
+        rstd_k,
+        q.new_empty(NC, H, CHUNK, CHUNK),
+    )
+    common = problem.tables | strides(k=k, a=gates.a, b=gates.b) | problem.sizes
+    common |= {"T": T, "eps": options.l2norm_eps, "L2NORM": normalise, "BETA_MAX": options.beta_max}
+    common |= {"PRECISION": SOLVE_PRECISION}
+    diagonal = q
     if solved is None:
         solved = Solved(
             torch.empty(NC, H, CHUNK, **fp32), torch.empty(NC, H, CHUNK, **fp32), q.new_empty(NC, H, CHUNK, CHUNK)
         )
-    made = Prepared(
-        q.new_empty(rows, Hk, K),
-        q.new_empty(rows, Hk, K),
-        v if conv is None else v.new_empty(B, T, H, V),
-        torch.empty(NC, Hk, CHUNK, **fp32),
-        torch.empty(NC, Hk, CHUNK, **fp32),
-        q.new_empty(NC, H, CHUNK, CHUNK),
-    )
-    weight = conv.weight if conv is not None else q
-    halo = conv.halo if conv is not None and conv.halo is not None else q
+        diagonal = torch.empty(NC, H, 2, 32, 32, **fp32)
+        launch = launch_for("diagonal", K, V)
+        without_v = {name: size for name, size in common.items() if name != "V"}
+        diagonal_kernel[(NC * H * 2,)](
+            k, *gates, diagonal, **without_v, num_warps=launch.warps, num_stages=launch.stages
+        )
     launch = launch_for("prepare", K, V)
     prepare_kernel[(NC * H,)](
-        q, k, v, weight, halo, *gates,
-        made.q, made.k, made.v, made.rstd_q, made.rstd_k, *solved, made.P,
-        **problem.tables, T=T, scale=options.scale, eps=options.l2norm_eps,
-        **strides(q=q, k=k, v=v, a=gates.a, b=gates.b),
-        **problem.sizes, VA=VA, VB=VB, W=TAPS if conv is not None else 0,
-        HALO=halo is not q, L2NORM=options.qk_l2norm, BETA_MAX=options.beta_max, SOLVE=is_first,
-        PRECISION=SOLVE_PRECISION, num_warps=launch.warps, num_stages=launch.stages,
+        q, k, *gates, diagonal, made.q, made.k, made.scaled_q, rstd_q, rstd_k, *solved, made.P,
+        **common, **strides(q=q), scale=options.scale, SOLVE=not is_again,
+        num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return made, solved
 
@@ -202,13 +232,12 @@ def output(
     """o [B, T, H, V], through the gated RMSNorm when norm_weight [V] is given (gate z [B, T, H, V] or None)."""
     B, T, Hk, H, K, V, options, _, _ = problem
     out = made.v.new_empty(B, T, H, V)
-    VA, VB = split_dim(V)
     gate = out if z is None else z
     launch = launch_for("output", K, V)
     output_kernel[(problem.layout.num_chunks * H,)](
         made.q, made.P, solved.G, states.h, states.u, gate, out if norm_weight is None else norm_weight, out,
         **problem.tables, T=T, scale=options.scale, eps=options.norm_eps, **strides(z=gate), **problem.sizes,
-        VA=VA, VB=VB, NORM=norm_weight is not None, GATE=z is not None,
+        BV=launch.block, NORM=norm_weight is not None, GATE=z is not None,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return out
@@ -222,13 +251,12 @@ def norm_backward(
     B, T, Hk, H, K, V, options, layout, _ = problem
     do = made.v.new_empty(B, T, H, V)
     dw = torch.empty(layout.num_chunks, H, V, dtype=torch.float32, device=do.device)
-    VA, VB = split_dim(V)
     gate, dgate = (do, do) if z is None or dz is None else (z, dz)
     launch = launch_for("norm_backward", K, V)
     norm_backward_kernel[(layout.num_chunks * H,)](
         made.q, made.P, solved.G, states.h, states.u, gate, dy, norm_weight, do, dgate, dw,
         **problem.tables, T=T, scale=options.scale, eps=options.norm_eps, **strides(z=gate, dy=dy, dz=dgate),
-        **problem.sizes, VA=VA, VB=VB, GATE=z is not None, num_warps=launch.warps, num_stages=launch.stages,
+        **problem.sizes, BV=launch.block, GATE=z is not None, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return do, dw.sum((0, 1))
 
@@ -251,8 +279,8 @@ def adjoint_scan(
     dinitial = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=ds.device) if want_dinitial else None
     launch = launch_for("adjoint_scan", K, V)
     adjoint_scan_kernel[(layout.N * H * triton.cdiv(V, launch.block),)](
-        made.q, made.k, solved.Tb, made.P, solved.G, do, ds if dfinal is None else dfinal, ds, dr,
-        ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, options.scale, **strides(do=do),
+        made.scaled_q, made.k, solved.Tb, made.P, solved.G, do, ds if dfinal is None else dfinal, ds, dr,
+        ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, **strides(do=do),
         **problem.sizes, BV=launch.block, DFINAL=dfinal is not None, DINITIAL=want_dinitial,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
@@ -275,18 +303,18 @@ def gradients(
     """Everything that needs all V columns of a chunk; da and db [B, T, H] are written in place."""
     B, T, Hk, H, K, V, options, layout, _ = problem
     dq, dk = made.q.new_empty(B, T, H, K), made.k.new_empty(B, T, H, K)
-    dA, ddt = torch.empty(2, layout.num_chunks, H, dtype=torch.float32, device=dq.device)
+    partial = torch.empty(2, H, layout.num_chunks, dtype=torch.float32, device=dq.device)
     launch = launch_for("gradients", K, V)
     gradients_kernel[(layout.num_chunks * H,)](
         made.q, made.k, made.P, solved.G, solved.beta, states.u, states.h, adjoint.ds, do, adjoint.dr,
-        gates.a, gates.A_log, gates.dt_bias, made.rstd_q, made.rstd_k, dq, dk, da, db, dA, ddt,
-        **problem.tables, T=T, scale=options.scale, **strides(do=do, a=gates.a, da=da, db=db), **problem.sizes,
+        gates.a, gates.A_log, gates.dt_bias, made.rstd_q, made.rstd_k, dq, dk, da, db, *partial,
+        **problem.tables, T=T, num_chunks=layout.num_chunks, scale=options.scale, **strides(do=do, a=gates.a, da=da, db=db), **problem.sizes,
         BV=launch.block, L2NORM=options.qk_l2norm, BETA_MAX=options.beta_max,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if H != Hk:
         dq, dk = (x.unflatten(2, (Hk, H // Hk)).sum(3, dtype=torch.float32).to(x.dtype) for x in (dq, dk))
-    return QKGradients(dq, dk, dA.sum(0), ddt.sum(0))
+    return QKGradients(dq, dk, *partial.sum(-1))
 
 
 def conv_backward(

@@ -124,19 +124,19 @@ def load_block(base, stride, rows_left, col, C: tl.constexpr, BC: tl.constexpr, 
 
 
 @triton.jit
-def load_columns(base, stride, rows_left, col, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr):
-    """[BC, C], the transpose of C rows from column col (run-time); zeros outside, as in load_tile."""
+def store_block(base, x, stride, rows_left, col, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr):
+    """The inverse of load_block."""
     r = tl.arange(0, C)
     c = col + tl.arange(0, BC)
-    mask = (r < rows_left)[None, :]
+    mask = (r < rows_left)[:, None]
     if D % BC != 0:
-        mask = mask & (c < D)[:, None]
-    return tl.load(base + r[None, :] * stride + c[:, None], mask=mask, other=0.0)
+        mask = mask & (c < D)[None, :]
+    tl.store(base + r[:, None] * stride + c[None, :], x.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def store_columns(base, x, stride, rows_left, col, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr):
-    """The inverse of load_columns."""
+    """store_block of the transpose: x is [BC, C]."""
     r = tl.arange(0, C)
     c = col + tl.arange(0, BC)
     mask = (r < rows_left)[None, :]
