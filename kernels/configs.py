@@ -14,11 +14,16 @@ import triton
 
 
 class Launch(NamedTuple):
-    """warps and stages as triton's num_warps and num_stages; block: columns of V (or channels) per program."""
+    """warps, stages and registers as triton's num_warps, num_stages and maxnreg; block: columns (of V, or channels)."""
 
     warps: int
     stages: int
     block: int = 0
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 #: What every entry starts from.

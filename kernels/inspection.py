@@ -35,7 +35,7 @@ class Recorded(NamedTuple):
     function: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, int | None]
 
 
 class Resources(NamedTuple):
@@ -61,7 +61,7 @@ def recording() -> Iterator[list[Recorded]]:
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def launch(*args: Any, **kwargs: Any) -> None:
-                options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages")}
+                options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages", "maxnreg")}
                 names = self.function.arg_names
                 launches.append(
                     Recorded(self.name, self.function, grid, dict(zip(names, args, strict=False)) | kwargs, options)
@@ -78,7 +78,7 @@ def recording() -> Iterator[list[Recorded]]:
             setattr(triton_launch, f"{name}_kernel", function)
 
 
-def compile_for(launch: Recorded, capability: int, **options: int) -> Any:
+def compile_for(launch: Recorded, capability: int, **options: int | None) -> Any:
     """The compiled kernel for compute capability 90 or 100; options replace num_warps and num_stages."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}

@@ -140,7 +140,7 @@ def convolve(problem: Problem, x: Tensor, conv: Conv) -> tuple[Tensor, Tensor, T
     conv_kernel[(layout.num_chunks * (2 * Hk + triton.cdiv(H * V, launch.block)),)](
         x, conv.weight, x if conv.halo is None else conv.halo, q, k, v, rstd_q, rstd_k, **problem.tables, T=T,
         eps=options.l2norm_eps, **strides(x=x), Hk=Hk, **sizes, BV=launch.block, W=TAPS, HALO=conv.halo is not None,
-        L2NORM=options.qk_l2norm, num_warps=launch.warps, num_stages=launch.stages,
+        L2NORM=options.qk_l2norm, **launch.options,
     )  # fmt: skip
     return q, k, v, rstd_q, rstd_k
 
@@ -186,13 +186,13 @@ def prepare(
         launch = launch_for("diagonal", K, V)
         without_v = {name: size for name, size in common.items() if name != "V"}
         diagonal_kernel[(NC * H * 2,)](
-            k, *gates, diagonal, **without_v, num_warps=launch.warps, num_stages=launch.stages
+            k, *gates, diagonal, **without_v, **launch.options
         )
     launch = launch_for("prepare", K, V)
     prepare_kernel[(NC * H,)](
         q, k, *gates, diagonal, made.q, made.k, made.scaled_q, rstd_q, rstd_k, *solved, made.P,
         **common, **strides(q=q), scale=options.scale, SOLVE=not is_again,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     return made, solved
 
@@ -221,7 +221,7 @@ def scan(
         h if final is None else final,
         layout.bounds, layout.chunk_start, where.chunk_doc, where.chunk_start, T, **strides(v=made.v),
         **problem.sizes, BV=launch.block, SEGMENT=every if is_again else 0, EVERY=every if every > 1 else 0,
-        INITIAL=initial is not None, FINAL=want_final, num_warps=launch.warps, num_stages=launch.stages,
+        INITIAL=initial is not None, FINAL=want_final, **launch.options,
     )  # fmt: skip
     return States(h, u, kept, final)
 
@@ -238,7 +238,7 @@ def output(
         made.q, made.P, solved.G, states.h, states.u, gate, out if norm_weight is None else norm_weight, out,
         **problem.tables, T=T, scale=options.scale, eps=options.norm_eps, **strides(z=gate), **problem.sizes,
         BV=launch.block, NORM=norm_weight is not None, GATE=z is not None,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     return out
 
@@ -256,7 +256,7 @@ def norm_backward(
     norm_backward_kernel[(layout.num_chunks * H,)](
         made.q, made.P, solved.G, states.h, states.u, gate, dy, norm_weight, do, dgate, dw,
         **problem.tables, T=T, scale=options.scale, eps=options.norm_eps, **strides(z=gate, dy=dy, dz=dgate),
-        **problem.sizes, BV=launch.block, GATE=z is not None, num_warps=launch.warps, num_stages=launch.stages,
+        **problem.sizes, BV=launch.block, GATE=z is not None, **launch.options,
     )  # fmt: skip
     return do, dw.sum((0, 1))
 
@@ -282,7 +282,7 @@ def adjoint_scan(
         made.scaled_q, made.k, solved.Tb, made.P, solved.G, do, ds if dfinal is None else dfinal, ds, dr,
         ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, **strides(do=do),
         **problem.sizes, BV=launch.block, DFINAL=dfinal is not None, DINITIAL=want_dinitial,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     return Adjoint(ds, dr, dinitial)
 
@@ -310,7 +310,7 @@ def gradients(
         gates.a, gates.A_log, gates.dt_bias, made.rstd_q, made.rstd_k, dq, dk, da, db, *partial,
         **problem.tables, T=T, num_chunks=layout.num_chunks, scale=options.scale, **strides(do=do, a=gates.a, da=da, db=db), **problem.sizes,
         BV=launch.block, L2NORM=options.qk_l2norm, BETA_MAX=options.beta_max,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **launch.options,
     )  # fmt: skip
     if H != Hk:
         dq, dk = (x.unflatten(2, (Hk, H // Hk)).sum(3, dtype=torch.float32).to(x.dtype) for x in (dq, dk))
@@ -329,6 +329,6 @@ def conv_backward(
     conv_backward_kernel[(layout.num_chunks * blocks,)](
         x, conv.weight, x if conv.halo is None else conv.halo, dq, dk, dv, dx, dw, **problem.tables, T=T,
         **strides(x=x, dx=dx), DQ=DQ, DV=DV, BD=BD, C=CHUNK, HALO=conv.halo is not None,
-        PACKED=layout.is_packed, num_warps=launch.warps, num_stages=launch.stages,
+        PACKED=layout.is_packed, **launch.options,
     )  # fmt: skip
     return dw.sum(0)
