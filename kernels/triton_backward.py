@@ -18,6 +18,7 @@ import triton.language as tl
 
 from megatron_hybrid.kernels.triton_forward import output_tile
 from megatron_hybrid.kernels.triton_tiles import (
+    exp_fp32,
     load_block,
     load_state,
     load_state_fp32,
@@ -75,7 +76,7 @@ def norm_backward_kernel(
     q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
     q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
     P = tl.load(P_in + chunk * C * C + r[:, None] * C + r[None, :])
-    decay = scale * tl.exp(tl.load(G_in + chunk * C + r))
+    decay = scale * exp_fp32(tl.load(G_in + chunk * C + r))
     h = h_in + chunk * V * K
     u = u_in + (row * H + i_h) * V
     do = do_out + (row * H + i_h) * V
@@ -164,11 +165,11 @@ def adjoint_scan_kernel(
         store_state(ds, d0_low, col, 0, BV, KA, V, K)
         store_state(ds, d1_low, col, KA, BV, KB, V, K)
         du = tl.dot(d1_low, tl.trans(k1), tl.dot(d0_low, tl.trans(k0)))
-        du = tl.dot(do_t, P, du * tl.exp(G_end - G)[None, :])
+        du = tl.dot(do_t, P, du * exp_fp32(G_end - G)[None, :])
         dr = tl.dot(du.to(dtype), Tb)
         store_columns(dr_row, dr, H * V, left, col, C, BV, V)
-        dr_decayed = (dr * -tl.exp(G)[None, :]).to(dtype)
-        decay = tl.exp(G_end)
+        dr_decayed = (dr * -exp_fp32(G)[None, :]).to(dtype)
+        decay = exp_fp32(G_end)
         d0 = tl.dot(dr_decayed, k0, tl.dot(do_t, q0, d0 * decay))
         d1 = tl.dot(dr_decayed, k1, tl.dot(do_t, q1, d1 * decay))
         q -= C * H * K
@@ -197,80 +198,61 @@ def decay_between(G, C: tl.constexpr, LOWER: tl.constexpr):
     r = tl.arange(0, C)
     if LOWER:
         inside = r[:, None] >= r[None, :]
-        return tl.where(inside, tl.exp(tl.where(inside, G[:, None] - G[None, :], 0.0)), 0.0)
+        return tl.where(inside, exp_fp32(tl.where(inside, G[:, None] - G[None, :], 0.0)), 0.0)
     else:
         inside = r[:, None] <= r[None, :]
-        return tl.where(inside, tl.exp(tl.where(inside, G[None, :] - G[:, None], 0.0)), 0.0)
-
-
-@triton.jit
-def row_minus_column_sums(x):
-    return tl.sum(x, 1) - tl.sum(x, 0)
+        return tl.where(inside, exp_fp32(tl.where(inside, G[None, :] - G[:, None], 0.0)), 0.0)
 
 
 @triton.jit
 def query_gradient(
-    do, do_st, u, h, q, k, P, G_row, rstd, dq, left, scale,
+    do, do_st, u, dr, h, q, k, P, G_row, rstd, dq, left, scale,
     H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq. Returns the gradient of G through the output, and the scores' gradient transposed for dk."""
+    """Writes dq. Returns the gradient of G through scores and inverse, dP^T and dN + dN^T for dk, and dR_i . U_i."""
     dq0 = tl.zeros([C, KA], dtype=tl.float32)
     dq1 = tl.zeros([C, KB], dtype=tl.float32)
     do_u = tl.zeros([C, C], dtype=tl.float32)
     u_do = tl.zeros([C, C], dtype=tl.float32)
-    for i_v in range((V + BV - 1) // BV):
-        do_v = load_block(do, do_st, left, i_v * BV, C, BV, V)
-        u_v = load_block(u, H * V, left, i_v * BV, C, BV, V)
-        dq0 = tl.dot(do_v, load_state(h, i_v * BV, 0, BV, KA, V, K), dq0)
-        dq1 = tl.dot(do_v, load_state(h, i_v * BV, KA, BV, KB, V, K), dq1)
-        # Both orders of the product: a transposed accumulator must not become an operand on Hopper (triton 3.6).
-        do_u = tl.dot(do_v, tl.trans(u_v), do_u)
-        u_do = tl.dot(u_v, tl.trans(do_v), u_do)
-    r = tl.arange(0, C)
-    G = tl.load(G_row + r)
-    P_do_u = do_u * tl.load(P + r[:, None] * C + r[None, :]).to(tl.float32)
-    dtype = q.dtype.element_ty
-    dP = (do_u * decay_between(G, C, True) * scale).to(dtype)
-    dP_t = (u_do * decay_between(G, C, False) * scale).to(dtype)
-    q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
-    q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
-    from_state = (scale * tl.exp(G))[:, None]
-    dq0, dq1 = dq0 * from_state, dq1 * from_state
-    dG = row_minus_column_sums(P_do_u) + tl.sum(q0 * dq0, 1) + tl.sum(q1 * dq1, 1)
-    dq0 = tl.dot(dP, load_tile(k, Hk * K, left, 0, C, KA, K), dq0)
-    dq1 = tl.dot(dP, load_tile(k, Hk * K, left, KA, C, KB, K), dq1)
-    if L2NORM:
-        dq0, dq1 = unnormalised(dq0, dq1, q0, q1, tl.load(rstd + r))
-    store_tile(dq, dq0, H * K, left, 0, C, KA, K)
-    store_tile(dq, dq1, H * K, left, KA, C, KB, K)
-    return dG, dP_t
-
-
-@triton.jit
-def inverse_gradient(
-    u, dr, k, G_row, left,
-    H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Through the inverse: the gradient of G, dN + dN^T for dk, and dR_i . U_i for the gradient of beta."""
     dr_u = tl.zeros([C, C], dtype=tl.float32)
     u_dr = tl.zeros([C, C], dtype=tl.float32)
     for i_v in range((V + BV - 1) // BV):
+        do_v = load_block(do, do_st, left, i_v * BV, C, BV, V)
         u_v = load_block(u, H * V, left, i_v * BV, C, BV, V)
         dr_v = load_block(dr, H * V, left, i_v * BV, C, BV, V)
+        dq0 = tl.dot(do_v, load_state(h, i_v * BV, 0, BV, KA, V, K), dq0)
+        dq1 = tl.dot(do_v, load_state(h, i_v * BV, KA, BV, KB, V, K), dq1)
+        # Both orders of each product: a transposed accumulator must not become an operand on Hopper (triton 3.6).
+        do_u = tl.dot(do_v, tl.trans(u_v), do_u)
+        u_do = tl.dot(u_v, tl.trans(do_v), u_do)
         dr_u = tl.dot(dr_v, tl.trans(u_v), dr_u)
         u_dr = tl.dot(u_v, tl.trans(dr_v), u_dr)
     r = tl.arange(0, C)
     i, j = r[:, None], r[None, :]
     G = tl.load(G_row + r)
+    dtype = q.dtype.element_ty
     dr_dot_u = tl.sum(tl.where(i == j, dr_u, 0.0), 1)
-    dN = tl.where(i > j, -decay_between(G, C, True) * dr_u, 0.0)
-    both = dN + tl.where(i < j, -decay_between(G, C, False) * u_dr, 0.0)
+    upper = decay_between(G, C, False)
+    dP_t = (u_do * upper * scale).to(dtype)
+    lower = decay_between(G, C, True)
+    dP = (do_u * lower * scale).to(dtype)
+    dN = tl.where(i > j, -lower * dr_u, 0.0)
+    both = (dN + tl.where(i < j, -upper * u_dr, 0.0)).to(dtype)
     k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
     k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
-    dG = row_minus_column_sums(dN * tl.dot(k1, tl.trans(k1), tl.dot(k0, tl.trans(k0))))
-    return dG, both.to(k.dtype.element_ty), dr_dot_u
+    scores = do_u * tl.load(P + i * C + j).to(tl.float32) + dN * tl.dot(k1, tl.trans(k1), tl.dot(k0, tl.trans(k0)))
+    q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
+    q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
+    from_state = (scale * exp_fp32(G))[:, None]
+    dq0, dq1 = dq0 * from_state, dq1 * from_state
+    dG = tl.sum(scores, 1) - tl.sum(scores, 0) + tl.sum(q0 * dq0, 1) + tl.sum(q1 * dq1, 1)
+    dq0, dq1 = tl.dot(dP, k0, dq0), tl.dot(dP, k1, dq1)
+    if L2NORM:
+        dq0, dq1 = unnormalised(dq0, dq1, q0, q1, tl.load(rstd + r))
+    store_tile(dq, dq0, H * K, left, 0, C, KA, K)
+    store_tile(dq, dq1, H * K, left, KA, C, KB, K)
+    return dG, dP_t, both, dr_dot_u
 
 
 @triton.jit
@@ -284,8 +266,8 @@ def key_gradient(
     write1 = tl.zeros([C, KB], dtype=tl.float32)
     read0 = tl.zeros([C, KA], dtype=tl.float32)
     read1 = tl.zeros([C, KB], dtype=tl.float32)
-    h_ds0 = tl.zeros([KA], dtype=tl.float32)
-    h_ds1 = tl.zeros([KB], dtype=tl.float32)
+    h_ds0 = tl.zeros([BV, KA], dtype=tl.float32)
+    h_ds1 = tl.zeros([BV, KB], dtype=tl.float32)
     for i_v in range((V + BV - 1) // BV):
         u_v = load_block(u, H * V, left, i_v * BV, C, BV, V)
         dr_v = load_block(dr, H * V, left, i_v * BV, C, BV, V)
@@ -297,19 +279,19 @@ def key_gradient(
         write1 = tl.dot(u_v, ds1, write1)
         read0 = tl.dot(dr_v, h0, read0)
         read1 = tl.dot(dr_v, h1, read1)
-        h_ds0 += tl.sum(h0.to(tl.float32) * ds0.to(tl.float32), 0)
-        h_ds1 += tl.sum(h1.to(tl.float32) * ds1.to(tl.float32), 0)
+        h_ds0 += h0.to(tl.float32) * ds0.to(tl.float32)
+        h_ds1 += h1.to(tl.float32) * ds1.to(tl.float32)
     r = tl.arange(0, C)
     G = tl.load(G_row + r)
     G_end = tl.load(G_row + C - 1)
-    gam, dec = tl.exp(G)[:, None], tl.exp(G_end - G)[:, None]
+    gam, dec = exp_fp32(G)[:, None], exp_fp32(G_end - G)[:, None]
     write0, write1 = write0 * dec, write1 * dec
     read0, read1 = read0 * -gam, read1 * -gam
     k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
     k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
     written = tl.sum(k0 * write0, 1) + tl.sum(k1 * write1, 1)
     dG = tl.sum(k0 * read0, 1) + tl.sum(k1 * read1, 1) - written
-    dG_end = tl.sum(written) + tl.exp(G_end) * (tl.sum(h_ds0) + tl.sum(h_ds1))
+    dG_end = tl.sum(written) + exp_fp32(G_end) * (tl.sum(h_ds0) + tl.sum(h_ds1))
     q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
     q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
     dk0 = tl.dot(both, k0, tl.dot(dP_t, q0, write0 + read0))
@@ -333,8 +315,8 @@ def gradients_kernel(
     """Gradients of q, k (before their normalisation), a, b for one chunk and head; dA_log and ddt_bias per chunk.
 
     dq_out and dk_out are [B * T, H, K]: one gradient per value head, also when value heads share a key head.
-    dA_out and ddt_out are [H, NC] fp32, summed afterwards in a fixed order. V is gone through three times, from cache
-    after the first: all accumulators together would not fit the registers.
+    dA_out and ddt_out are [H, NC] fp32, summed afterwards in a fixed order. V is gone through twice, the second time
+    from cache: all accumulators together would not fit the registers.
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -356,22 +338,21 @@ def gradients_kernel(
     dq, dk = dq_out + (row * H + i_h) * K, dk_out + (row * H + i_h) * K
     rstd = (i_c.to(tl.int64) * Hk + i_h // GROUP) * C
     G_row = G_in + chunk * C
-    dG_out, dP_t = query_gradient(
-        do, do_st, u, h, q, k, P_in + chunk * C * C, G_row, rstd_q + rstd, dq, left, scale,
+    dG_scores, dP_t, both, dr_dot_u = query_gradient(
+        do, do_st, u, dr, h, q, k, P_in + chunk * C * C, G_row, rstd_q + rstd, dq, left, scale,
         H, Hk, K, V, KA, KB, BV, C, L2NORM,
     )  # fmt: skip
-    dG_inverse, both, dr_dot_u = inverse_gradient(u, dr, k, G_row, left, H, Hk, K, V, KA, KB, BV, C)
     dG_state, dG_end = key_gradient(
         u, dr, h, ds, q, k, G_row, rstd_k + rstd, dk, dP_t, both, left, H, Hk, K, V, KA, KB, BV, C, L2NORM
     )
-    dg = tl.cumsum(dG_out + dG_inverse + dG_state, 0, reverse=True) + dG_end
+    dg = tl.cumsum(dG_scores + dG_state, 0, reverse=True) + dG_end
     valid = r < left
     beta = tl.load(beta_in + chunk * C + r)
     # sigmoid(b) = 0 exactly when b < -88: the limit of the gradient is 0 as well.
     db = (1.0 - beta / BETA_MAX) * tl.where(beta > 0.0, dr_dot_u / tl.where(beta > 0.0, beta, 1.0), 0.0)
     x = tl.load(a_in + b * a_sb + (bos + t0 + r) * a_st + i_h, mask=valid, other=0.0).to(tl.float32)
     x += tl.load(dt_bias + i_h).to(tl.float32)
-    decay_rate = -tl.exp(tl.load(A_log + i_h).to(tl.float32))
+    decay_rate = -exp_fp32(tl.load(A_log + i_h).to(tl.float32))
     da = tl.where(valid, dg * decay_rate * sigmoid_fp32(x), 0.0)
     tl.store(dA_out + partial, tl.sum(tl.where(valid, dg * decay_rate * softplus_fp32(x), 0.0)))
     tl.store(ddt_out + partial, tl.sum(da))

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from megatron_hybrid.kernels.triton_tiles import (
+    exp_fp32,
     load_block,
     load_state,
     load_state_fp32,
@@ -106,10 +107,10 @@ def scan_kernel(
         # v goes to the matrix unit from shared memory: transposing it in registers kept its load from being ahead.
         u = tl.dot(tl.trans(v_c), tl.trans(Tb))
         from_state = tl.dot(s1_low, tl.trans(k1), tl.dot(s0_low, tl.trans(k0)))
-        u = tl.dot((from_state * -tl.exp(G)[None, :]).to(dtype), tl.trans(Tb), u)
+        u = tl.dot((from_state * -exp_fp32(G)[None, :]).to(dtype), tl.trans(Tb), u)
         store_columns(u_row, u, H * V, left, col, C, BV, V)
-        written = (u * tl.exp(G_end - G)[None, :]).to(dtype)
-        decay = tl.exp(G_end)
+        written = (u * exp_fp32(G_end - G)[None, :]).to(dtype)
+        decay = exp_fp32(G_end)
         s0 = tl.dot(written, k0, s0 * decay)
         s1 = tl.dot(written, k1, s1 * decay)
         k += C * Hk * K
@@ -162,7 +163,7 @@ def output_kernel(
     q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
     q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
     P = tl.load(P_in + chunk * C * C + r[:, None] * C + r[None, :])
-    decay = scale * tl.exp(tl.load(G_in + chunk * C + r))
+    decay = scale * exp_fp32(tl.load(G_in + chunk * C + r))
     h = h_in + chunk * V * K
     u = u_in + (row * H + i_h) * V
     y = out + (row * H + i_h) * V

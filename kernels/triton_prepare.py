@@ -14,7 +14,7 @@ kept in the activation dtype. Source: the chunkwise form of "Gated Delta Network
 import triton
 import triton.language as tl
 
-from megatron_hybrid.kernels.triton_tiles import load_tile, locate_chunk, sigmoid_fp32, softplus_fp32, store_tile
+from megatron_hybrid.kernels.triton_tiles import exp_fp32, load_tile, locate_chunk, sigmoid_fp32, softplus_fp32, store_tile
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def gate_and_strength(a, b, a_st, b_st, A_log, dt_bias, first, left, i_h, R: tl.
     valid = r < left
     x = tl.load(a + r * a_st, mask=valid, other=0.0).to(tl.float32) + tl.load(dt_bias + i_h).to(tl.float32)
     y = tl.load(b + r * b_st, mask=valid, other=0.0).to(tl.float32)
-    g = -tl.exp(tl.load(A_log + i_h).to(tl.float32)) * softplus_fp32(x)
+    g = -exp_fp32(tl.load(A_log + i_h).to(tl.float32)) * softplus_fp32(x)
     # Rows past the end neither decay nor write: the state passes them unchanged.
     return tl.where(valid, g, 0.0), tl.where(valid, BETA_MAX * sigmoid_fp32(y), 0.0)
 
@@ -165,9 +165,9 @@ def diagonal_kernel(
     G0 = tl.cumsum(g0, 0)
     G1 = tl.cumsum(g1, 0)
     # Every exponent is of a sum of g <= 0 between two tokens; above the diagonal it is replaced before exp.
-    upper = tl.where(below, tl.exp(tl.where(below, G0[:, None] - G0[None, :], 0.0)), 0.0)
-    lower = tl.where(below, tl.exp(tl.where(below, G1[:, None] - G1[None, :], 0.0)), 0.0)
-    across = tl.exp(G1[:, None] + (tl.sum(g0, 0) - G0)[None, :])
+    upper = tl.where(below, exp_fp32(tl.where(below, G0[:, None] - G0[None, :], 0.0)), 0.0)
+    lower = tl.where(below, exp_fp32(tl.where(below, G1[:, None] - G1[None, :], 0.0)), 0.0)
+    across = exp_fp32(G1[:, None] + (tl.sum(g0, 0) - G0)[None, :])
     A00 = (tl.dot(u0, tl.trans(u0)) + tl.dot(u1, tl.trans(u1))) * upper * beta0[:, None]
     A11 = (tl.dot(l0, tl.trans(l0)) + tl.dot(l1, tl.trans(l1))) * lower * beta1[:, None]
     A10 = (tl.dot(l0, tl.trans(u0)) + tl.dot(l1, tl.trans(u1))) * across * beta1[:, None]
@@ -234,12 +234,12 @@ def prepare_kernel(
         tl.store(beta_out + chunk * C + r, beta)
     else:
         G = tl.load(G_out + chunk * C + r)
-        decay = (scale * tl.exp(G))[:, None]
+        decay = (scale * exp_fp32(G))[:, None]
         out = scaled_out + (row * H + i_h) * K
         store_tile(out, q0.to(tl.float32) * decay, H * K, left, 0, C, KA, K)
         store_tile(out, q1.to(tl.float32) * decay, H * K, left, KA, C, KB, K)
     i, j = r[:, None], r[None, :]
-    decay = tl.where(i >= j, tl.exp(tl.where(i >= j, G[:, None] - G[None, :], 0.0)), 0.0)
+    decay = tl.where(i >= j, exp_fp32(tl.where(i >= j, G[:, None] - G[None, :], 0.0)), 0.0)
     square = chunk * C * C + i * C + j
     P = tl.dot(q0, tl.trans(k0)) + tl.dot(q1, tl.trans(k1))
     tl.store(P_out + square, (P * decay * scale).to(dtype))
