@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_hybrid.kernels import triton_launch
+from megatron_hybrid.kernels.configs import Launch, trial
 
 KERNELS = ("conv", "diagonal", "prepare", "scan", "output", "norm_backward", "adjoint_scan", "gradients", "conv_backward")
 _TYPES = {
@@ -50,8 +51,11 @@ class Resources(NamedTuple):
 
 
 @contextmanager
-def recording() -> Iterator[list[Recorded]]:
-    """Inside, launches of triton_launch are written down instead of run; their outputs stay uninitialised."""
+def recording(**launch_table: Launch) -> Iterator[list[Recorded]]:
+    """Inside, launches of triton_launch are written down instead of run; their outputs stay uninitialised.
+
+    launch_table: launches other than the defaults.
+    """
     launches: list[Recorded] = []
     originals = {name: getattr(triton_launch, f"{name}_kernel") for name in KERNELS}
 
@@ -72,7 +76,8 @@ def recording() -> Iterator[list[Recorded]]:
     try:
         for name, function in originals.items():
             setattr(triton_launch, f"{name}_kernel", Recorder(name, function))
-        yield launches
+        with trial(**launch_table):
+            yield launches
     finally:
         for name, function in originals.items():
             setattr(triton_launch, f"{name}_kernel", function)

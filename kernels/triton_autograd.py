@@ -59,44 +59,56 @@ class DeltaRule(torch.autograd.Function):
 
 
 class MixerCore(torch.autograd.Function):
-    """y from the projections: qkvz [B, T, 2 Hk K + H V (+ H V)] and ab [B, T, 2 H]. One gradient tensor for each."""
+    """y [B, T, H, V] and the final state from the projections: qkvz [B, T, 2 Hk K + H V (+ H V)] and ab [B, T, 2 H].
+
+    Each projection has one gradient tensor: slices given to autograd one by one would be padded and added instead.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, qkvz: Tensor, ab: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor,
-        heads: tuple[int, int, int, int], options: Options, cu_seqlens: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        q, k, v, z = split_projection(qkvz, heads)
+        halo: Tensor | None, initial: Tensor | None, heads: tuple[int, int, int, int], options: Options,
+        cu_seqlens: Tensor | None, want_final: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        q, _, v, z = split_projection(qkvz, heads)
         problem = make_problem(q, v, options, cu_seqlens)
-        gates, x = Gates(*ab.chunk(2, dim=-1), A_log, dt_bias), qkvz[..., : conv_weight.shape[0]]
-        made, solved = launch.prepare(problem, (x, x, x), gates, Conv(conv_weight, None))
-        states = launch.scan(problem, made, solved)
+        gates, conv = Gates(*ab.chunk(2, dim=-1), A_log, dt_bias), Conv(conv_weight, halo)
+        x = qkvz[..., : conv_weight.shape[0]]
+        made, solved = launch.prepare(problem, (x, x, x), gates, conv)
+        states = launch.scan(problem, made, solved, initial=initial, want_final=want_final)
         y = launch.output(problem, made, solved, states, z, norm_weight)
-        ctx.save_for_backward(qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, *solved, states.kept)
+        ctx.save_for_backward(
+            qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, initial, *solved, states.kept
+        )
         ctx.problem, ctx.heads = problem, heads
-        return y
+        ctx.set_materialize_grads(False)
+        return y, states.final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, G, beta, Tb, kept = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, initial, G, beta, Tb, kept = ctx.saved_tensors
         problem: Problem = ctx.problem
-        _, _, _, z = split_projection(qkvz, ctx.heads)
+        z = split_projection(qkvz, ctx.heads)[3]
         x = qkvz[..., : conv_weight.shape[0]]
-        gates, solved, conv = Gates(*ab.chunk(2, dim=-1), A_log, dt_bias), Solved(G, beta, Tb), Conv(conv_weight, None)
+        gates, solved, conv = Gates(*ab.chunk(2, dim=-1), A_log, dt_bias), Solved(G, beta, Tb), Conv(conv_weight, halo)
         made, _ = launch.prepare(problem, (x, x, x), gates, conv, solved)
-        states = launch.scan(problem, made, solved, kept=kept)
+        states = launch.scan(problem, made, solved, initial=initial, kept=kept)
         dqkvz = torch.empty(qkvz.shape, dtype=qkvz.dtype, device=qkvz.device)
         dab = torch.empty(ab.shape, dtype=ab.dtype, device=ab.device)
-        _, _, dx_v, dz = split_projection(dqkvz, ctx.heads)
-        do, dnorm = launch.norm_backward(problem, made, solved, states, z, norm_weight, with_unit_stride(dy), dz)
-        adjoint = launch.adjoint_scan(problem, made, solved, do, None, want_dinitial=False)
+        dz = split_projection(dqkvz, ctx.heads)[3]
+        dy = made.v.new_zeros(made.v.shape) if dy is None else with_unit_stride(dy)
+        do = launch.output(problem, made, solved, states, None, None)  # o, until its gradient takes its place
+        dnorm = launch.norm_backward(problem, do, z, norm_weight, dy, dz)
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal, want_dinitial=ctx.needs_input_grad[7])
         g = launch.gradients(problem, made, solved, states, adjoint, do, gates, *dab.chunk(2, dim=-1))
-        D = conv_weight.shape[0]
-        dweight = launch.conv_backward(problem, qkvz[..., :D], conv, g.dq, g.dk, adjoint.dr, dqkvz[..., :D])
+        dx = dqkvz[..., : conv_weight.shape[0]]
+        dweight, dhalo = launch.conv_backward(problem, x, conv, g.dq, g.dk, adjoint.dr, dx)
         return (
             dqkvz, dab, dweight.to(conv_weight.dtype), g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype),
-            dnorm.to(norm_weight.dtype), None, None, None,
+            dnorm.to(norm_weight.dtype), None if halo is None or dhalo is None else dhalo.to(halo.dtype),
+            adjoint.dinitial, None, None, None, None,
         )  # fmt: skip
 
 

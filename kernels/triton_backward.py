@@ -16,7 +16,6 @@ term: the shorter identity dG_i = q_i.dq_i - v_i.dv_i cancels for heads that dec
 import triton
 import triton.language as tl
 
-from megatron_hybrid.kernels.triton_forward import output_tile
 from megatron_hybrid.kernels.triton_tiles import (
     exp_fp32,
     load_block,
@@ -27,7 +26,6 @@ from megatron_hybrid.kernels.triton_tiles import (
     locate_document,
     sigmoid_fp32,
     softplus_fp32,
-    store_block,
     store_columns,
     store_state,
     store_state_fp32,
@@ -36,78 +34,70 @@ from megatron_hybrid.kernels.triton_tiles import (
 
 
 @triton.jit
-def gate_backward(dy, z, w, GATE: tl.constexpr):
-    """(gradient of the normalised output, silu(z), its derivative) from the gradient of the gated one."""
+def gated_norm_backward(o, z, dy, w, rstd, GATE: tl.constexpr):
+    """(gradient of o * rstd, gradient of z, gradient of the weight before its sum over tokens)."""
+    normalised = o * rstd[:, None]
+    dn = dy * w[None, :]
     if GATE:
         gate = sigmoid_fp32(z)
-        return dy * w[None, :] * z * gate, z * gate, gate * (1.0 + z * (1.0 - gate))
+        silu = z * gate
+        return dn * silu, dn * normalised * (gate + silu * (1.0 - gate)), dy * silu * normalised
     else:
-        return dy * w[None, :], dy * 0.0 + 1.0, dy * 0.0
+        return dn, dn, dy * normalised
 
 
 @triton.jit(do_not_specialize=["T"])
 def norm_backward_kernel(
-    q_in, P_in, G_in, h_in, u_in, z_in, dy_in, norm_w, do_out, dz_out, dw_out,
-    bounds, chunk_doc, chunk_start, T, scale, eps, z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh, dz_sb, dz_st, dz_sh,
-    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    o_in, z_in, dy_in, norm_w, do_out, dz_out, dw_out, bounds, chunk_doc, chunk_start, T, eps,
+    z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh, dz_sb, dz_st, dz_sh,
+    H: tl.constexpr, V: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     GATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Backward of the gated RMSNorm of one chunk and head; the output is computed again instead of kept.
+    """Backward of the gated RMSNorm of one chunk and head, R tokens at a time. do_out may be o_in.
 
-    Twice, as in output_kernel. dw_out [NC, H, V] fp32 holds the weight's gradient chunk by chunk: summed afterwards,
-    in a fixed order.
+    dw_out [NC, H, V] fp32 holds the weight's gradient chunk by chunk: summed afterwards, in a fixed order.
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
-    chunk = i_c.to(tl.int64) * H + i_h
-    left = length - t0
-    row = b * T + bos + t0
-    Hk: tl.constexpr = H // GROUP
-    NV: tl.constexpr = (V + BV - 1) // BV
-    r = tl.arange(0, C)
-    if left <= 0:
-        for i_v in range(NV):
-            c = i_v * BV + tl.arange(0, BV)
-            tl.store(dw_out + chunk * V + c, tl.zeros([BV], dtype=tl.float32), mask=c < V)
-        return
-    q = q_in + (row * Hk + i_h // GROUP) * K
-    q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
-    q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
-    P = tl.load(P_in + chunk * C * C + r[:, None] * C + r[None, :])
-    decay = scale * exp_fp32(tl.load(G_in + chunk * C + r))
-    h = h_in + chunk * V * K
-    u = u_in + (row * H + i_h) * V
-    do = do_out + (row * H + i_h) * V
+    c0 = tl.arange(0, VA)
+    c1 = VA + tl.arange(0, VB)
+    w0 = tl.load(norm_w + c0, mask=c0 < V, other=0.0).to(tl.float32)
+    w1 = tl.load(norm_w + c1, mask=c1 < V, other=0.0).to(tl.float32)
+    token = (b * T + bos + t0) * (H * V) + i_h * V
+    o, do = o_in + token, do_out + token
     dy = dy_in + b * dy_sb + (bos + t0) * dy_st + i_h.to(tl.int64) * dy_sh
     z = z_in + b * z_sb + (bos + t0) * z_st + i_h.to(tl.int64) * z_sh
     dz = dz_out + b * dz_sb + (bos + t0) * dz_st + i_h.to(tl.int64) * dz_sh
-    squares = tl.zeros([C], dtype=tl.float32)
-    along = tl.zeros([C], dtype=tl.float32)
-    for i_v in range(NV):
-        o = output_tile(q0, q1, P, decay, h, u, H * V, left, i_v * BV, C, BV, K, V, KA, KB)
-        c = i_v * BV + tl.arange(0, BV)
-        w = tl.load(norm_w + c, mask=c < V, other=0.0).to(tl.float32)
-        dy_v = load_block(dy, dy_st, left, i_v * BV, C, BV, V).to(tl.float32)
-        z_v = load_block(z, z_st, left, i_v * BV, C, BV, V).to(tl.float32)
-        dn, _, _ = gate_backward(dy_v, z_v, w, GATE)
-        squares += tl.sum(o * o, 1)
-        along += tl.sum(dn * o, 1)
-    rstd = tl.rsqrt(squares / V + eps)
-    along *= rstd * rstd / V
-    for i_v in range(NV):
-        o = output_tile(q0, q1, P, decay, h, u, H * V, left, i_v * BV, C, BV, K, V, KA, KB)
-        c = i_v * BV + tl.arange(0, BV)
-        w = tl.load(norm_w + c, mask=c < V, other=0.0).to(tl.float32)
-        dy_v = load_block(dy, dy_st, left, i_v * BV, C, BV, V).to(tl.float32)
-        z_v = load_block(z, z_st, left, i_v * BV, C, BV, V).to(tl.float32)
-        dn, silu, dsilu = gate_backward(dy_v, z_v, w, GATE)
-        store_block(do, (dn - o * along[:, None]) * rstd[:, None], H * V, left, i_v * BV, C, BV, V)
-        dy_o = dy_v * o * rstd[:, None]
+    sum0 = tl.zeros([R, VA], dtype=tl.float32)
+    sum1 = tl.zeros([R, VB], dtype=tl.float32)
+    for first in range(0, tl.minimum(length - t0, C), R):
+        left = length - t0 - first
+        o0 = load_tile(o, H * V, left, 0, R, VA, V).to(tl.float32)
+        o1 = load_tile(o, H * V, left, VA, R, VB, V).to(tl.float32)
+        dy0 = load_tile(dy, dy_st, left, 0, R, VA, V).to(tl.float32)
+        dy1 = load_tile(dy, dy_st, left, VA, R, VB, V).to(tl.float32)
+        z0 = load_tile(z, z_st, left, 0, R, VA, V).to(tl.float32)
+        z1 = load_tile(z, z_st, left, VA, R, VB, V).to(tl.float32)
+        rstd = tl.rsqrt((tl.sum(o0 * o0, 1) + tl.sum(o1 * o1, 1)) / V + eps)
+        dn0, dz0, dw0 = gated_norm_backward(o0, z0, dy0, w0, rstd, GATE)
+        dn1, dz1, dw1 = gated_norm_backward(o1, z1, dy1, w1, rstd, GATE)
+        along = (tl.sum(dn0 * o0, 1) + tl.sum(dn1 * o1, 1)) * rstd * rstd / V
+        store_tile(do, (dn0 - o0 * along[:, None]) * rstd[:, None], H * V, left, 0, R, VA, V)
+        store_tile(do, (dn1 - o1 * along[:, None]) * rstd[:, None], H * V, left, VA, R, VB, V)
         if GATE:
-            store_block(dz, dy_o * w[None, :] * dsilu, dz_st, left, i_v * BV, C, BV, V)
-        tl.store(dw_out + chunk * V + c, tl.sum(dy_o * silu, 0), mask=c < V)
+            store_tile(dz, dz0, dz_st, left, 0, R, VA, V)
+            store_tile(dz, dz1, dz_st, left, VA, R, VB, V)
+        sum0 += dw0
+        sum1 += dw1
+        o += R * H * V
+        do += R * H * V
+        dy += R * dy_st.to(tl.int64)
+        z += R * z_st.to(tl.int64)
+        dz += R * dz_st.to(tl.int64)
+    dw = dw_out + (i_c.to(tl.int64) * H + i_h) * V
+    tl.store(dw + c0, tl.sum(sum0, 0), mask=c0 < V)
+    tl.store(dw + c1, tl.sum(sum1, 0), mask=c1 < V)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -25,7 +25,7 @@ def gradient_of_sum(x0, x1, x2, x3, dy, w0, w1, w2, w3):
 
 @triton.jit(do_not_specialize=["T"])
 def conv_backward_kernel(
-    x_in, weight, halo, dq_in, dk_in, dv_in, dx_out, dw_out, bounds, chunk_doc, chunk_start,
+    x_in, weight, halo, dq_in, dk_in, dv_in, dx_out, dw_out, dhalo_out, bounds, chunk_doc, chunk_start,
     T, x_sb, x_st, dx_sb, dx_st,
     DQ: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
     HALO: tl.constexpr, PACKED: tl.constexpr,
@@ -33,7 +33,7 @@ def conv_backward_kernel(
     """BD channels of one chunk, token after token: every value is loaded once and its SiLU taken once.
 
     Channels are q (DQ), k (DQ), v (DV), as in x_in [B, T, 2 DQ + DV] and weight [2 DQ + DV, 4]; their gradients come
-    in three tensors [B * T, DQ or DV]. dw_out [NC, 2 DQ + DV, 4] fp32 is summed afterwards, in a fixed order.
+    in three tensors [B * T, DQ or DV]. dhalo_out [N, D, 3] fp32 is the gradient of halo. dw_out [NC, 2 DQ + DV, 4] fp32 is summed afterwards, in a fixed order.
     """
     BLOCKS_Q: tl.constexpr = (DQ + BD - 1) // BD
     BLOCKS_V: tl.constexpr = (DV + BD - 1) // BD
@@ -96,6 +96,12 @@ def conv_backward_kernel(
             d4 = gradient_of_sum(x1, x2, x3, x4, y4, w0, w1, w2, w3)
             d5 = gradient_of_sum(x2, x3, x4, x5, y5, w0, w1, w2, w3)
             d6 = gradient_of_sum(x3, x4, x5, x6, y6, w0, w1, w2, w3)
+            if HALO:
+                past = dhalo_out + (n.to(tl.int64) * D + first + c) * 3
+                starts = in_row & (pos == 0)
+                tl.store(past, w0 * d3, mask=starts)
+                tl.store(past + 1, w1 * d3 + w0 * d4, mask=starts)
+                tl.store(past + 2, w2 * d3 + w1 * d4 + w0 * d5, mask=starts)
             out = dx + (pos - 3).to(tl.int64) * dx_st + c
             back = (i > 0) & (pos < length + 3)
             element = dx_out.dtype.element_ty

@@ -16,7 +16,8 @@ from megatron_hybrid.kernels.triton_prepare import conv_kernel, diagonal_kernel,
 from megatron_hybrid.kernels.triton_tiles import CHUNK, Layout, make_layout, split_dim
 
 TAPS = 4  #: width of the short convolution inside the kernels; narrower ones are padded with zero taps
-SOLVE_PRECISION = "tf32x3"
+#: Of the products that merge diagonal inverses: 16 into 32 (a warp's own, nearly free) and 32 into 64.
+DIAGONAL_PRECISION, MERGE_PRECISION = "tf32x3", "tf32"
 
 
 class Options(NamedTuple):
@@ -176,7 +177,6 @@ def prepare(
     )
     common = problem.tables | strides(k=k, a=gates.a, b=gates.b) | problem.sizes
     common |= {"T": T, "eps": options.l2norm_eps, "L2NORM": normalise, "BETA_MAX": options.beta_max}
-    common |= {"PRECISION": SOLVE_PRECISION}
     diagonal = q
     if solved is None:
         solved = Solved(
@@ -186,12 +186,12 @@ def prepare(
         launch = launch_for("diagonal", K, V)
         without_v = {name: size for name, size in common.items() if name != "V"}
         diagonal_kernel[(NC * H * 2,)](
-            k, *gates, diagonal, **without_v, **launch.options
+            k, *gates, diagonal, **without_v, PRECISION=DIAGONAL_PRECISION, **launch.options
         )
     launch = launch_for("prepare", K, V)
     prepare_kernel[(NC * H,)](
         q, k, *gates, diagonal, made.q, made.k, made.scaled_q, rstd_q, rstd_k, *solved, made.P,
-        **common, **strides(q=q), scale=options.scale, SOLVE=not is_again,
+        **common, **strides(q=q), scale=options.scale, SOLVE=not is_again, PRECISION=MERGE_PRECISION,
         **launch.options,
     )  # fmt: skip
     return made, solved
@@ -244,21 +244,20 @@ def output(
 
 
 def norm_backward(
-    problem: Problem, made: Prepared, solved: Solved, states: States, z: Tensor | None, norm_weight: Tensor,
-    dy: Tensor, dz: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(do [B, T, H, V], gradient of norm_weight [V] fp32); dz [B, T, H, V] is written in place, any strides."""
+    problem: Problem, o: Tensor, z: Tensor | None, norm_weight: Tensor, dy: Tensor, dz: Tensor | None
+) -> Tensor:
+    """Gradient of norm_weight [V] fp32. o [B, T, H, V] becomes its own gradient, dz (any strides) is written too."""
     B, T, Hk, H, K, V, options, layout, _ = problem
-    do = made.v.new_empty(B, T, H, V)
-    dw = torch.empty(layout.num_chunks, H, V, dtype=torch.float32, device=do.device)
-    gate, dgate = (do, do) if z is None or dz is None else (z, dz)
+    dw = torch.empty(layout.num_chunks, H, V, dtype=torch.float32, device=o.device)
+    VA, VB = split_dim(V)
+    gate, dgate = (o, o) if z is None or dz is None else (z, dz)
     launch = launch_for("norm_backward", K, V)
     norm_backward_kernel[(layout.num_chunks * H,)](
-        made.q, made.P, solved.G, states.h, states.u, gate, dy, norm_weight, do, dgate, dw,
-        **problem.tables, T=T, scale=options.scale, eps=options.norm_eps, **strides(z=gate, dy=dy, dz=dgate),
-        **problem.sizes, BV=launch.block, GATE=z is not None, **launch.options,
+        o, gate, dy, norm_weight, o, dgate, dw, **problem.tables, T=T, eps=options.norm_eps,
+        **strides(z=gate, dy=dy, dz=dgate), H=H, V=V, VA=VA, VB=VB, C=CHUNK, R=launch.block, GATE=z is not None,
+        PACKED=layout.is_packed, **launch.options,
     )  # fmt: skip
-    return do, dw.sum((0, 1))
+    return dw.sum((0, 1))
 
 
 class Adjoint(NamedTuple):
@@ -319,16 +318,18 @@ def gradients(
 
 def conv_backward(
     problem: Problem, x: Tensor, conv: Conv, dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor
-) -> Tensor:
-    """Gradient [D, 4] fp32 of the conv weight; dx [B, T, D] is written in place, any strides but the last."""
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the conv weight [D, 4] and of the halo [N, D, 3], fp32; dx [B, T, D] is written in place."""
     B, T, Hk, H, K, V, _, layout, _ = problem
     launch = launch_for("conv_backward", K, V)
     DQ, DV, BD = Hk * K, H * V, launch.block
     dw = torch.empty(layout.num_chunks, 2 * DQ + DV, TAPS, dtype=torch.float32, device=x.device)
+    # Zeros: a document without tokens sends its halo nothing.
+    dhalo = None if conv.halo is None else torch.zeros(conv.halo.shape, dtype=torch.float32, device=x.device)
     blocks = 2 * triton.cdiv(DQ, BD) + triton.cdiv(DV, BD)
     conv_backward_kernel[(layout.num_chunks * blocks,)](
-        x, conv.weight, x if conv.halo is None else conv.halo, dq, dk, dv, dx, dw, **problem.tables, T=T,
-        **strides(x=x, dx=dx), DQ=DQ, DV=DV, BD=BD, C=CHUNK, HALO=conv.halo is not None,
+        x, conv.weight, x if conv.halo is None else conv.halo, dq, dk, dv, dx, dw, dw if dhalo is None else dhalo,
+        **problem.tables, T=T, **strides(x=x, dx=dx), DQ=DQ, DV=DV, BD=BD, C=CHUNK, HALO=conv.halo is not None,
         PACKED=layout.is_packed, **launch.options,
     )  # fmt: skip
-    return dw.sum(0)
+    return dw.sum(0), dhalo

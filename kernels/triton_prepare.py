@@ -100,6 +100,9 @@ def gate_and_strength(a, b, a_st, b_st, A_log, dt_bias, first, left, i_h, R: tl.
     x = tl.load(a + r * a_st, mask=valid, other=0.0).to(tl.float32) + tl.load(dt_bias + i_h).to(tl.float32)
     y = tl.load(b + r * b_st, mask=valid, other=0.0).to(tl.float32)
     g = -exp_fp32(tl.load(A_log + i_h).to(tl.float32)) * softplus_fp32(x)
+    # exp(-40) = 4e-18 is nothing beside fp32 rounding, and without larger steps a chunk's running sum keeps the small
+    # ones after them to 2e-4.
+    g = tl.maximum(g, -40.0)
     # Rows past the end neither decay nor write: the state passes them unchanged.
     return tl.where(valid, g, 0.0), tl.where(valid, BETA_MAX * sigmoid_fp32(y), 0.0)
 
