@@ -2,7 +2,7 @@
 
 With dS the gradient of the state leaving a chunk, gam = exp(G) and dec = exp(G_C - G):
 
-    dU = P^T dO + diag(dec) K dS          dR = Tb^T dU, which is dV
+    dU = P^T dO + diag(dec) K dS          dR = Tb^T (beta dU), which is dV
     dS entering = gam_C dS + scale (diag(gam) Q)^T dO - (diag(gam) K)^T dR
     dQ = scale diag(gam) dO S^T + dP K    dP = scale Gam o lower(dO U^T)
     dK = diag(dec) U dS^T - diag(gam) dR S^T + dP^T Q + (dN + dN^T) K,   dN = -Gam o strict_lower(dR U^T)
@@ -102,7 +102,7 @@ def norm_backward_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def adjoint_scan_kernel(
-    scaled_q, k_in, Tb_in, P_in, G_in, do_in, dfinal, ds_out, dr_out, dinitial,
+    scaled_q, k_in, Tb_in, P_in, G_in, beta_in, do_in, dfinal, ds_out, dr_out, dinitial,
     bounds, chunk_start, T, do_sb, do_st, do_sh,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -140,6 +140,7 @@ def adjoint_scan_kernel(
     square = chunk * C * C + r[:, None] * C + r[None, :]
     Tb_row, P_row = Tb_in + square, P_in + square
     G_row = G_in + chunk * C
+    beta_row = beta_in + chunk * C
     for i in range(num_chunks):
         left = length - (num_chunks - 1 - i) * C
         q0 = load_tile(q, H * K, left, 0, C, KA, K)
@@ -156,7 +157,7 @@ def adjoint_scan_kernel(
         store_state(ds, d1_low, col, KA, BV, KB, V, K)
         du = tl.dot(d1_low, tl.trans(k1), tl.dot(d0_low, tl.trans(k0)))
         du = tl.dot(do_t, P, du * exp_fp32(G_end - G)[None, :])
-        dr = tl.dot(du.to(dtype), Tb)
+        dr = tl.dot((du * tl.load(beta_row + r)[None, :]).to(dtype), Tb)
         store_columns(dr_row, dr, H * V, left, col, C, BV, V)
         dr_decayed = (dr * -exp_fp32(G)[None, :]).to(dtype)
         decay = exp_fp32(G_end)
@@ -170,6 +171,7 @@ def adjoint_scan_kernel(
         Tb_row -= H * C * C
         P_row -= H * C * C
         G_row -= H * C
+        beta_row -= H * C
     if DINITIAL:
         store_state_fp32(dinitial + state, d0, col, 0, BV, KA, V, K)
         store_state_fp32(dinitial + state, d1, col, KA, BV, KB, V, K)

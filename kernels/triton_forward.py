@@ -26,7 +26,7 @@ from megatron_hybrid.kernels.triton_tiles import (
 
 @triton.jit(do_not_specialize=["T"])
 def scan_kernel(
-    k_in, v_in, Tb_in, G_in, initial, h_out, u_out, every_out, final,
+    k_in, v_in, Tb_in, G_in, beta_in, initial, h_out, u_out, every_out, final,
     bounds, chunk_start, seg_doc, seg_start, T, v_sb, v_st, v_sh,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -88,6 +88,7 @@ def scan_kernel(
     h = h_out + chunk * V * K
     square = Tb_in + chunk * C * C + r[:, None] * C + r[None, :]
     G_row = G_in + chunk * C
+    beta_row = beta_in + chunk * C
     for c in range(num_chunks):
         left = length - start - c * C
         k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
@@ -107,7 +108,7 @@ def scan_kernel(
         # v goes to the matrix unit from shared memory: transposing it in registers kept its load from being ahead.
         u = tl.dot(tl.trans(v_c), tl.trans(Tb))
         from_state = tl.dot(s1_low, tl.trans(k1), tl.dot(s0_low, tl.trans(k0)))
-        u = tl.dot((from_state * -exp_fp32(G)[None, :]).to(dtype), tl.trans(Tb), u)
+        u = tl.dot((from_state * -exp_fp32(G)[None, :]).to(dtype), tl.trans(Tb), u) * tl.load(beta_row + r)[None, :]
         store_columns(u_row, u, H * V, left, col, C, BV, V)
         written = (u * exp_fp32(G_end - G)[None, :]).to(dtype)
         decay = exp_fp32(G_end)
@@ -119,6 +120,7 @@ def scan_kernel(
         h += H * V * K
         square += H * C * C
         G_row += H * C
+        beta_row += H * C
     if FINAL:
         store_state_fp32(final + state, s0, col, 0, BV, KA, V, K)
         store_state_fp32(final + state, s1, col, KA, BV, KB, V, K)

@@ -217,7 +217,7 @@ def scan(
     programs = where.num_chunks if is_again else layout.N
     launch = launch_for("scan", K, V)
     scan_kernel[(programs * H * triton.cdiv(V, launch.block),)](
-        made.k, made.v, solved.Tb, solved.G, h if initial is None else initial, h, u, h if kept is None else kept,
+        made.k, made.v, solved.Tb, solved.G, solved.beta, h if initial is None else initial, h, u, h if kept is None else kept,
         h if final is None else final,
         layout.bounds, layout.chunk_start, where.chunk_doc, where.chunk_start, T, **strides(v=made.v),
         **problem.sizes, BV=launch.block, SEGMENT=every if is_again else 0, EVERY=every if every > 1 else 0,
@@ -278,7 +278,7 @@ def adjoint_scan(
     dinitial = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=ds.device) if want_dinitial else None
     launch = launch_for("adjoint_scan", K, V)
     adjoint_scan_kernel[(layout.N * H * triton.cdiv(V, launch.block),)](
-        made.scaled_q, made.k, solved.Tb, made.P, solved.G, do, ds if dfinal is None else dfinal, ds, dr,
+        made.scaled_q, made.k, solved.Tb, made.P, solved.G, solved.beta, do, ds if dfinal is None else dfinal, ds, dr,
         ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, **strides(do=do),
         **problem.sizes, BV=launch.block, DFINAL=dfinal is not None, DINITIAL=want_dinitial,
         **launch.options,

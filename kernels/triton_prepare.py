@@ -2,13 +2,15 @@
 
 Letters as in triton_tiles.py. For one chunk and value head, with G the running sum of g inside the chunk:
 
-    M_ij  = beta_i exp(G_i - G_j) k_i.k_j         i > j, else 0
-    Tb    = (I + M)^-1 diag(beta)                 [C, C] lower triangular
-    P_ij  = scale exp(G_i - G_j) q_i.k_j          i >= j, else 0
+    N_ij = exp(G_i - G_j) k_i.k_j                 i > j, else 0
+    Tb   = (I + N diag(beta))^-1                  [C, C] lower triangular
+    P_ij = scale exp(G_i - G_j) q_i.k_j           i >= j, else 0
 
-so that the new values are U = Tb (v - exp(G) S^T k) and the output is scale exp(G) S^T q + P U. |Tb_ij| <= 4 when
-keys have unit norm and beta <= 2, because every factor I - beta k k^T of a transition is non-expansive: Tb and P are
-kept in the activation dtype. Source: the chunkwise form of "Gated Delta Networks" (arXiv 2412.06464).
+so that the new values are U = beta (Tb (v - exp(G) S^T k)) and the output is scale exp(G) S^T q + P U. Tb has ones on
+its diagonal, which bf16 holds exactly: with beta multiplied in, its rounding was the largest single error of the
+output. |Tb_ij| <= beta_j <= 2 when keys have unit norm, because every factor I - beta k k^T of a transition is
+non-expansive: Tb and P are kept in the activation dtype. Source: the chunkwise form of "Gated Delta Networks"
+(arXiv 2412.06464).
 """
 
 import triton
@@ -135,7 +137,7 @@ def diagonal_kernel(
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr,
     L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Inverse of one 32 x 32 diagonal block of I + M, for one warp: nothing here waits for another warp.
+    """Inverse of one 32 x 32 diagonal block of I + N diag(beta), for one warp: nothing here waits for another warp.
 
     Forward substitution in two 16 x 16 blocks, then their merge. A Neumann series over the whole chunk would overflow
     for correlated keys with beta near 2. diagonal_out is [NC, H, 2, 32, 32] fp32.
@@ -171,9 +173,9 @@ def diagonal_kernel(
     upper = tl.where(below, exp_fp32(tl.where(below, G0[:, None] - G0[None, :], 0.0)), 0.0)
     lower = tl.where(below, exp_fp32(tl.where(below, G1[:, None] - G1[None, :], 0.0)), 0.0)
     across = exp_fp32(G1[:, None] + (tl.sum(g0, 0) - G0)[None, :])
-    A00 = (tl.dot(u0, tl.trans(u0)) + tl.dot(u1, tl.trans(u1))) * upper * beta0[:, None]
-    A11 = (tl.dot(l0, tl.trans(l0)) + tl.dot(l1, tl.trans(l1))) * lower * beta1[:, None]
-    A10 = (tl.dot(l0, tl.trans(u0)) + tl.dot(l1, tl.trans(u1))) * across * beta1[:, None]
+    A00 = (tl.dot(u0, tl.trans(u0)) + tl.dot(u1, tl.trans(u1))) * upper * beta0[None, :]
+    A11 = (tl.dot(l0, tl.trans(l0)) + tl.dot(l1, tl.trans(l1))) * lower * beta1[None, :]
+    A10 = (tl.dot(l0, tl.trans(u0)) + tl.dot(l1, tl.trans(u1))) * across * beta0[None, :]
     X00, X11 = inverse_16(A00), inverse_16(A11)
     X10 = -tl.dot(X11, tl.dot(A10, X00, input_precision=PRECISION), input_precision=PRECISION)
     out = diagonal_out + ((i_c.to(tl.int64) * H + i_h) * 2 + half) * 1024 + i[:, None] * 32 + i[None, :]
@@ -247,9 +249,9 @@ def prepare_kernel(
     P = tl.dot(q0, tl.trans(k0)) + tl.dot(q1, tl.trans(k1))
     tl.store(P_out + square, (P * decay * scale).to(dtype))
     if SOLVE:
-        M = (tl.dot(k0, tl.trans(k0)) + tl.dot(k1, tl.trans(k1))) * decay * beta[:, None]
+        M = (tl.dot(k0, tl.trans(k0)) + tl.dot(k1, tl.trans(k1))) * decay * beta[None, :]
         M = tl.where(i // 32 > j // 32, M, 0.0)
         blocks = diagonal_in + chunk * 2048 + i * 32 + j % 32
         X = tl.load(blocks, mask=i // 32 == j // 32, other=0.0)
         X -= tl.dot(tl.dot(X, M, input_precision=PRECISION), X, input_precision=PRECISION)
-        tl.store(Tb_out + square, (X * beta[None, :]).to(dtype))
+        tl.store(Tb_out + square, X.to(dtype))

@@ -1,6 +1,7 @@
 """Time the Gated DeltaNet kernels beside flash-linear-attention's, alternating in one process, on this GPU.
 
-Prints one line per measurement: median and spread in milliseconds, bytes and FLOPs that the mathematics needs, what
+Prints one line per measurement: median and spread in milliseconds, the time of the kernels alone (what counts when
+the host runs ahead), bytes and FLOPs that the mathematics needs, what
 fraction of this GPU's measured copy and matmul rates that is, and peak memory. --json writes the same as a file.
 flash-linear-attention is timed when installed. Its backward refuses Hopper with triton 3.4 to 3.7.0 (its issue #640:
 gradients of the gate are wrong there); --force-fla-backward switches that check off in this process, which leaves its
@@ -151,6 +152,16 @@ def peak_bytes(run: Run) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def device_ms(run: Run, repeats: int = 5) -> float:
+    """Time of its kernels alone, without the gaps in which the GPU waits for the host."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.time_range.elapsed_us() for e in events) / repeats / 1e3
+
+
 def measure(case: Case, with_fla: bool, every: int, repeats: int, rates: tuple[float, float]) -> list[dict[str, Any]]:
     lines = []
     for part in ("op", "mixer"):
@@ -167,13 +178,13 @@ def measure(case: Case, with_fla: bool, every: int, repeats: int, rates: tuple[f
             needed_bytes, flops = case.needs(f"{part} {kind}")
             for name, times in alternate(runs, repeats).items():
                 times.sort()
-                median = times[len(times) // 2]
+                median, kernels = times[len(times) // 2], device_ms(runs[name])
                 lines.append(
                     {
                         "what": f"{part} {kind}", "who": name, "B": case.B, "T": case.T,
-                        "packed": case.cu_seqlens is not None, "ms": median, "ms_min": times[0], "ms_max": times[-1],
+                        "packed": case.cu_seqlens is not None, "ms": median, "kernels_ms": kernels, "ms_min": times[0], "ms_max": times[-1],
                         "needed_bytes": needed_bytes, "flops": flops,
-                        "of_copy": needed_bytes / rates[0] / (median / 1e3), "of_matmul": flops / rates[1] / (median / 1e3),
+                        "of_copy": needed_bytes / rates[0] / (kernels / 1e3), "of_matmul": flops / rates[1] / (kernels / 1e3),
                         "peak_bytes": peak_bytes(runs[name]),
                     }
                 )  # fmt: skip
@@ -212,7 +223,7 @@ def main() -> None:
         for line in measure(case, with_fla, args.states_every, args.repeats, rates):
             print(
                 f"{shape:>13} {line['what']:<24} {line['who']:<14} {line['ms']:8.3f} ms "
-                f"({line['ms_min']:.3f} to {line['ms_max']:.3f})  copy {line['of_copy']:4.0%} matmul {line['of_matmul']:4.0%}"
+                f"({line['ms_min']:.3f} to {line['ms_max']:.3f})  kernels {line['kernels_ms']:7.3f} ms  copy {line['of_copy']:4.0%} matmul {line['of_matmul']:4.0%}"
                 f"  peak {line['peak_bytes'] / 2**30:.2f} GiB",
                 flush=True,
             )

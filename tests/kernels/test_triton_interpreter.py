@@ -158,7 +158,8 @@ def test_extremes(change: dict) -> None:
     actual = torch.autograd.grad(o, list(leaves.values()), weight.float())
     for x, y, name in zip(actual, torch.autograd.grad(expected, list(doubles.values()), weight), leaves, strict=True):
         assert x.isfinite().all(), name
-        assert (x.double() - y).norm() <= 3 * tolerance * y.norm() + 1e-7 * weight.norm(), name
+        bound = 3 * tolerance * y.norm() + 1e-6 * weight.norm()
+        assert (x.double() - y).norm() <= bound, name
 
 
 def test_strided_views_are_read_in_place() -> None:
