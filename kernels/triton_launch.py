@@ -311,7 +311,7 @@ def gradients(
         BV=launch.block, L2NORM=options.qk_l2norm, BETA_MAX=options.beta_max,
         **launch.options,
     )  # fmt: skip
-    if H != Hk:
+    if Hk != H:
         dq, dk = (x.unflatten(2, (Hk, H // Hk)).sum(3, dtype=torch.float32).to(x.dtype) for x in (dq, dk))
     return QKGradients(dq, dk, *partial.sum(-1))
 

@@ -16,7 +16,14 @@ non-expansive: Tb and P are kept in the activation dtype. Source: the chunkwise 
 import triton
 import triton.language as tl
 
-from megatron_hybrid.kernels.triton_tiles import exp_fp32, load_tile, locate_chunk, sigmoid_fp32, softplus_fp32, store_tile
+from megatron_hybrid.kernels.triton_tiles import (
+    exp_fp32,
+    load_tile,
+    locate_chunk,
+    sigmoid_fp32,
+    softplus_fp32,
+    store_tile,
+)
 
 
 @triton.jit

@@ -64,7 +64,7 @@ def report(H: int, K: int, V: int, targets: list[int]) -> None:
     with recording(**entry) as launches:
         mixer(H, K, V, 128, "cpu")()
     print(f"triton {triton.__version__}, K = {K}, V = {V}")
-    print(f"{'kernel':<14} {'target':>7} {'warps':>5} {'stages':>6} {'regs':>5} {'stack':>6} {'shared':>7} {'warps/SM':>8}  MMA")
+    print(f"{'kernel':<14} {'target':>7} {'warps':>5} {'stages':>6} {'regs':>5} {'stack':>6} {'shared':>7} {'warps/SM':>8}")
     seen = set()
     for launch in launches:
         for target in targets:
@@ -80,8 +80,8 @@ def report(H: int, K: int, V: int, targets: list[int]) -> None:
             resident = min(by_registers, by_shared, 32, 64 // warps) * warps
             shapes = ", ".join(f"{name} x{count}" for name, count in sorted(used.instructions.items()))
             print(
-                f"{launch.name:<14} {f'sm_{target}':>7} {warps:>5} {launch.options['num_stages']:>6} {used.registers:>5} "
-                f"{used.stack_bytes:>6} {used.shared_bytes:>7} {resident:>8}  {shapes}"
+                f"{launch.name:<14} {f'sm_{target}':>7} {warps:>5} {launch.options['num_stages']:>6} "
+                f"{used.registers:>5} {used.stack_bytes:>6} {used.shared_bytes:>7} {resident:>8}  {shapes}"
             )
 
 
@@ -116,7 +116,7 @@ def tune(H: int, K: int, V: int, T: int) -> None:
             print(f"{kernel:<14} {tuple(candidate)}  {milliseconds:.3f} ms in all", flush=True)
             timed.append((milliseconds, candidate))
         if not timed:
-            raise SystemExit(f"no configuration of {kernel} passes here: use the reference backend for K = {K}, V = {V}")
+            raise SystemExit(f"no configuration of {kernel} passes: use the reference backend for K = {K}, V = {V}")
         best[kernel] = min(timed)[1]
     major, minor = torch.cuda.get_device_capability()
     version = ".".join(triton.__version__.split(".")[:2])

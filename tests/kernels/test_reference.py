@@ -11,6 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck
+
 from megatron_hybrid.kernels.reference import (
     causal_conv_silu,
     compose,
@@ -22,8 +25,6 @@ from megatron_hybrid.kernels.reference import (
     mixer_core,
     shard_summary,
 )
-from torch import Tensor
-from torch.autograd import gradcheck
 
 FP64 = 1e-12  # measured at most 3e-15
 FP32 = 5e-6  # measured at most 6e-7 against the definition, 1.6e-6 against transformers, 4e-6 at the extremes

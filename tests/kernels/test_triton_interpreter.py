@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from megatron_hybrid.kernels import gated_delta, reference
 from torch import Tensor
+
+from megatron_hybrid.kernels import gated_delta, reference
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU machine test_triton_gpu.py runs instead")
 
