@@ -23,7 +23,17 @@ from triton.compiler import ASTSource
 from megatron_hybrid.kernels import triton_launch
 from megatron_hybrid.kernels.configs import Launch, trial
 
-KERNELS = ("conv", "diagonal", "prepare", "scan", "output", "norm_backward", "adjoint_scan", "gradients", "conv_backward")
+KERNELS = (
+    "conv",
+    "diagonal",
+    "prepare",
+    "scan",
+    "output",
+    "norm_backward",
+    "adjoint_scan",
+    "gradients",
+    "conv_backward",
+)
 _TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip

@@ -77,9 +77,7 @@ class MixerCore(torch.autograd.Function):
         made, solved = launch.prepare(problem, (x, x, x), gates, conv)
         states = launch.scan(problem, made, solved, initial=initial, want_final=want_final)
         y = launch.output(problem, made, solved, states, z, norm_weight)
-        ctx.save_for_backward(
-            qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, initial, *solved, states.kept
-        )
+        ctx.save_for_backward(qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, initial, *solved, states.kept)
         ctx.problem, ctx.heads = problem, heads
         ctx.set_materialize_grads(False)
         return y, states.final

@@ -59,7 +59,7 @@ def norm_backward_kernel(
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
-    n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
     c0 = tl.arange(0, VA)
     c1 = VA + tl.arange(0, VB)
     w0 = tl.load(norm_w + c0, mask=c0 < V, other=0.0).to(tl.float32)
@@ -312,7 +312,7 @@ def gradients_kernel(
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
-    n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
     chunk = i_c.to(tl.int64) * H + i_h
     partial = i_h * num_chunks + i_c
     if t0 >= length:

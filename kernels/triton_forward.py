@@ -100,11 +100,10 @@ def scan_kernel(
         s0_low, s1_low = s0.to(dtype), s1.to(dtype)
         store_state(h, s0_low, col, 0, BV, KA, V, K)
         store_state(h, s1_low, col, KA, BV, KB, V, K)
-        if EVERY > 0 and SEGMENT == 0:
-            if c % EVERY == 0:
-                saved = every_out + ((i_e + c // EVERY) * H + i_h) * K * V
-                store_state(saved, s0_low, col, 0, BV, KA, V, K)
-                store_state(saved, s1_low, col, KA, BV, KB, V, K)
+        if EVERY > 0 and SEGMENT == 0 and c % EVERY == 0:
+            saved = every_out + ((i_e + c // EVERY) * H + i_h) * K * V
+            store_state(saved, s0_low, col, 0, BV, KA, V, K)
+            store_state(saved, s1_low, col, KA, BV, KB, V, K)
         # v goes to the matrix unit from shared memory: transposing it in registers kept its load from being ahead.
         u = tl.dot(tl.trans(v_c), tl.trans(Tb))
         from_state = tl.dot(s1_low, tl.trans(k1), tl.dot(s0_low, tl.trans(k0)))
@@ -152,7 +151,7 @@ def output_kernel(
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
-    n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
     if t0 >= length:
         return
     left = length - t0

@@ -185,9 +185,7 @@ def prepare(
         diagonal = torch.empty(NC, H, 2, 32, 32, **fp32)
         launch = launch_for("diagonal", K, V)
         without_v = {name: size for name, size in common.items() if name != "V"}
-        diagonal_kernel[(NC * H * 2,)](
-            k, *gates, diagonal, **without_v, PRECISION=DIAGONAL_PRECISION, **launch.options
-        )
+        diagonal_kernel[(NC * H * 2,)](k, *gates, diagonal, **without_v, PRECISION=DIAGONAL_PRECISION, **launch.options)
     launch = launch_for("prepare", K, V)
     prepare_kernel[(NC * H,)](
         q, k, *gates, diagonal, made.q, made.k, made.scaled_q, rstd_q, rstd_k, *solved, made.P,
@@ -205,7 +203,7 @@ def scan(
 
     initial [N, H, K, V] fp32.
     """
-    B, T, Hk, H, K, V, options, layout, segments = problem
+    B, T, _Hk, H, K, V, options, layout, segments = problem
     is_again = kept is not None
     every = options.states_every
     h = made.k.new_empty(layout.num_chunks, H, V, K)
@@ -230,7 +228,7 @@ def output(
     problem: Problem, made: Prepared, solved: Solved, states: States, z: Tensor | None, norm_weight: Tensor | None
 ) -> Tensor:
     """o [B, T, H, V], through the gated RMSNorm when norm_weight [V] is given (gate z [B, T, H, V] or None)."""
-    B, T, Hk, H, K, V, options, _, _ = problem
+    B, T, _Hk, H, K, V, options, _, _ = problem
     out = made.v.new_empty(B, T, H, V)
     gate = out if z is None else z
     launch = launch_for("output", K, V)
@@ -247,7 +245,7 @@ def norm_backward(
     problem: Problem, o: Tensor, z: Tensor | None, norm_weight: Tensor, dy: Tensor, dz: Tensor | None
 ) -> Tensor:
     """Gradient of norm_weight [V] fp32. o [B, T, H, V] becomes its own gradient, dz (any strides) is written too."""
-    B, T, Hk, H, K, V, options, layout, _ = problem
+    _B, T, _Hk, H, K, V, options, layout, _ = problem
     dw = torch.empty(layout.num_chunks, H, V, dtype=torch.float32, device=o.device)
     VA, VB = split_dim(V)
     gate, dgate = (o, o) if z is None or dz is None else (z, dz)
@@ -272,7 +270,7 @@ def adjoint_scan(
     problem: Problem, made: Prepared, solved: Solved, do: Tensor, dfinal: Tensor | None, want_dinitial: bool
 ) -> Adjoint:
     """Gradients of the states, last chunk first. do [B, T, H, V] of any strides but the last."""
-    B, T, Hk, H, K, V, options, layout, _ = problem
+    B, T, _Hk, H, K, V, _options, layout, _ = problem
     ds = made.k.new_empty(layout.num_chunks, H, V, K)
     dr = made.k.new_empty(B, T, H, V)
     dinitial = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=ds.device) if want_dinitial else None
@@ -320,7 +318,7 @@ def conv_backward(
     problem: Problem, x: Tensor, conv: Conv, dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the conv weight [D, 4] and of the halo [N, D, 3], fp32; dx [B, T, D] is written in place."""
-    B, T, Hk, H, K, V, _, layout, _ = problem
+    _B, T, Hk, H, K, V, _, layout, _ = problem
     launch = launch_for("conv_backward", K, V)
     DQ, DV, BD = Hk * K, H * V, launch.block
     dw = torch.empty(layout.num_chunks, 2 * DQ + DV, TAPS, dtype=torch.float32, device=x.device)

@@ -78,11 +78,15 @@ def conv_kernel(
         col = (block - 2 * Hk) * BV
         channel = 2 * Hk * K + col
         width = tl.minimum(H * V - col, BV)
-        v = silu_conv_tile(x + channel, x_st, weight + channel * W, past + channel * (W - 1), t0, left, width, 0, C, BV, W, HALO)
+        v = silu_conv_tile(
+            x + channel, x_st, weight + channel * W, past + channel * (W - 1), t0, left, width, 0, C, BV, W, HALO
+        )
         r = tl.arange(0, C)
         c = tl.arange(0, BV)
         mask = (r < left)[:, None] & (c < width)[None, :]
-        tl.store(v_out + row * (H * V) + col + r[:, None] * (H * V) + c[None, :], v.to(v_out.dtype.element_ty), mask=mask)
+        tl.store(
+            v_out + row * (H * V) + col + r[:, None] * (H * V) + c[None, :], v.to(v_out.dtype.element_ty), mask=mask
+        )
     else:
         channel = block * K
         w = weight + channel * W
@@ -152,7 +156,7 @@ def diagonal_kernel(
     half = tl.program_id(0) % 2
     i_h = (tl.program_id(0) // 2) % H
     i_c = tl.program_id(0) // (2 * H)
-    n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
     if t0 >= length:
         return
     left = length - t0 - half * 32
@@ -208,7 +212,7 @@ def prepare_kernel(
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     i_k = i_h // GROUP
-    n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
     if t0 >= length:
         return
     left = length - t0

@@ -101,9 +101,7 @@ def load_tile(base, stride, rows_left, COL: tl.constexpr, C: tl.constexpr, BC: t
 
 
 @triton.jit
-def store_tile(
-    base, x, stride, rows_left, COL: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr
-):
+def store_tile(base, x, stride, rows_left, COL: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr):
     """The inverse of load_tile; what lies outside is not written."""
     r = tl.arange(0, C)
     c = COL + tl.arange(0, BC)
@@ -158,9 +156,7 @@ def load_state(base, row, COL: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
 
 
 @triton.jit
-def store_state(
-    base, x, row, COL: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, K: tl.constexpr
-):
+def store_state(base, x, row, COL: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, K: tl.constexpr):
     """The inverse of load_state."""
     v = row + tl.arange(0, BV)
     c = COL + tl.arange(0, BK)
@@ -169,9 +165,7 @@ def store_state(
 
 
 @triton.jit
-def load_state_fp32(
-    base, row, COL: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, K: tl.constexpr
-):
+def load_state_fp32(base, row, COL: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, K: tl.constexpr):
     """[BV, BK] of a K x V state (the layout of initial and final states), transposed, in fp32; zeros outside."""
     v = row + tl.arange(0, BV)
     c = COL + tl.arange(0, BK)

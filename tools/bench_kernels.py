@@ -77,9 +77,7 @@ class Case:
         leaves = [self.qkv, z, self.a, self.b, self.conv_weight, self.A_log, self.dt_bias, self.norm_weight]
 
         def run() -> Tensor:
-            x, _ = causal_conv1d(
-                x=self.qkv, weight=self.conv_weight, activation="silu", cu_seqlens=self.cu_seqlens
-            )
+            x, _ = causal_conv1d(x=self.qkv, weight=self.conv_weight, activation="silu", cu_seqlens=self.cu_seqlens)
             q, k, v = (y.unflatten(2, (H, -1)) for y in x.split([H * K, H * K, H * V], dim=-1))
             o, _ = gated_delta.gated_delta_rule(
                 q, k, v, self.a, self.b, self.A_log, self.dt_bias, cu_seqlens=self.cu_seqlens, backend="fla"

@@ -1,9 +1,9 @@
 """Find launch configurations of the Gated DeltaNet kernels, or report what they compile to.
 
-    --report   needs no GPU: registers, stack, shared memory, occupancy and matrix instructions of every kernel of an
-               entry, for Hopper (sm_90) and Blackwell (sm_100)
-    otherwise  needs the GPU to tune for: tries configurations kernel by kernel, keeps the fastest that agrees with the
-               reference and gives the same bits twice, and prints an entry for kernels/configs.py
+--report   needs no GPU: registers, stack, shared memory, occupancy and matrix instructions of every kernel of an
+           entry, for Hopper (sm_90) and Blackwell (sm_100)
+otherwise  needs the GPU to tune for: tries configurations kernel by kernel, keeps the fastest that agrees with the
+           reference and gives the same bits twice, and prints an entry for kernels/configs.py
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def report(H: int, K: int, V: int, targets: list[int]) -> None:
     with recording(**entry) as launches:
         mixer(H, K, V, 128, "cpu")()
     print(f"triton {triton.__version__}, K = {K}, V = {V}")
-    print(f"{'kernel':<14} {'target':>7} {'warps':>5} {'stages':>6} {'regs':>5} {'stack':>6} {'shared':>7} {'warps/SM':>8}")
+    print(
+        f"{'kernel':<14} {'target':>7} {'warps':>5} {'stages':>6} {'regs':>5} {'stack':>6} {'shared':>7} {'warps/SM':>8}"
+    )
     seen = set()
     for launch in launches:
         for target in targets:

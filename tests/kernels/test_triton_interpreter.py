@@ -95,9 +95,7 @@ def test_delta_rule_dense(T: int) -> None:
 @pytest.mark.parametrize("every", [0, 1, 2], ids=lambda n: f"every{n}")
 def test_delta_rule_packed(every: int) -> None:
     inputs = delta_inputs(1, sum(LENGTHS), SMALL, N=len(LENGTHS))
-    compare(
-        "gated_delta_rule", inputs, output_final_state=True, cu_seqlens=cumulative(LENGTHS), states_every=every
-    )
+    compare("gated_delta_rule", inputs, output_final_state=True, cu_seqlens=cumulative(LENGTHS), states_every=every)
 
 
 @pytest.mark.parametrize(
