@@ -10,10 +10,12 @@ FOLDERS = {
     "megatron_hybrid.modules": "megatron_hybrid/modules",
     "megatron_hybrid.checkpoint": "megatron_hybrid/checkpoint",
     "megatron_hybrid.data": "megatron_hybrid/data",
+    "megatron_hybrid.parallel": "megatron_hybrid/parallel",
     "megatron_hybrid.training": "megatron_hybrid/training",
     "megatron_hybrid.kernels": "kernels",
     "megatron_hybrid.layer_specs": "layer_specs",
     "megatron_hybrid.tools": "tools",
+    "megatron_hybrid.tools.corpus": "tools/corpus",
 }
 VERSION = re.search(r'__version__ = "(.+)"', Path("megatron_hybrid/__init__.py").read_text()).group(1)  # type: ignore[union-attr]
 
@@ -38,11 +40,18 @@ setup(
         "sentencepiece==0.2.3",
         "tensorboard==2.21.0",
         "zstandard==0.25.0",
+        "backports.zstd==1.8.0",  # reads zstd in bounded steps and tells a truncated file; Python 3.14 has it built in
+        "isal==1.9.1",
+        "msgspec==0.22.0",
+        "xxhash==4.1.0",
+        "fastokens==0.3.5",
+        "fsspec==2026.9.0",
         "tqdm==4.70.1",
         "matplotlib==3.11.2",
     ],
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
-        "dev": ["pytest==9.2.0", "ruff==0.17.6", "mypy==2.4.1"],
+        "data": ["pyarrow==26.0.1", "s3fs==2026.9.0", "tiktoken==0.14.0", "gigatoken==0.10.0"],
+        "dev": ["setuptools==81.0.0", "pytest==9.2.0", "moto[server]==5.2.5", "ruff==0.17.6", "mypy==2.4.1"],
     },
 )

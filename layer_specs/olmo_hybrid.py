@@ -19,7 +19,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
@@ -27,7 +27,10 @@ from megatron_hybrid.compat import use_transformer_engine
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.modules.attention import OlmoAttention, SdpaAttention
 from megatron_hybrid.modules.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron_hybrid.modules.mlp import PaddedMLP
 from megatron_hybrid.modules.norms import RMSNorm, post_normed
+
+Implementation = Literal["auto", "local", "transformer_engine"]
 
 
 class OlmoHybridStack(HybridStack):
@@ -38,9 +41,7 @@ class OlmoHybridStack(HybridStack):
     ) -> None:
         super().__init__(config, submodules, post_layer_norm=False, **kwargs)
         if self.post_process:
-            self.final_norm = final_norm(
-                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-            )
+            self.final_norm = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
             self.post_layer_norm = True
 
 
@@ -81,7 +82,7 @@ def _layer(mixer: ModuleSpec, backend: Backend, row_linear: type, norm_first: bo
             self_attention=mixer,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+            mlp=partial(PaddedMLP.as_mlp_submodule, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -101,6 +102,7 @@ def gdn_layer_spec(options: HybridConfig, backend: Backend) -> ModuleSpec:
             "allow_neg_eigval": options.gdn_allow_neg_eigval,
             "output_gate": options.gdn_output_gate,
             "norm_eps": options.gdn_norm_epsilon,
+            "cp_comm": options.gdn_cp_comm_type,
         },
         submodules=GatedDeltaNetSubmodules(
             in_proj=backend.column_linear, ab_proj=ColumnParallelLinear, out_proj=row_linear
@@ -123,9 +125,7 @@ def attention_layer_spec(options: HybridConfig, backend: Backend) -> ModuleSpec:
     return _layer(mixer, backend, row_linear, norm_first)
 
 
-def build_stack_spec(
-    options: HybridConfig | None = None, implementation: Literal["auto", "local", "transformer_engine"] = "auto"
-) -> ModuleSpec:
+def build_stack_spec(options: HybridConfig | None = None, implementation: Implementation = "auto") -> ModuleSpec:
     """The stack spec for the given options.
 
     Args:

@@ -30,7 +30,24 @@ class HybridConfig:
         True, "beta = 2 sigmoid(b), so that the state's transition may have negative eigenvalues; else sigmoid(b)"
     )
     gdn_output_gate: bool = _flag(True, "multiply the Gated DeltaNet output by silu of a gate projection")
+    gdn_cp_comm_type: Literal["auto", "all_gather", "scan", "a2a"] = _flag(
+        "auto",
+        "context parallelism of Gated DeltaNet: pass states by all-gather or by a log-step scan ('auto': whichever "
+        "should be faster), or exchange heads by all-to-all (Megatron's way; needs heads % (TP * CP) == 0)",
+    )
     gdn_norm_epsilon: float = _flag(1e-5, "epsilon of the Gated DeltaNet output norm; all others: --norm-epsilon")
+    pipeline_layout: str = _flag(
+        "pattern",
+        "'pattern': pipeline stages as --hybrid-layer-pattern has them; 'auto': balance them by FLOPs, 'auto:V' with V "
+        "virtual stages per pipeline rank (the pattern then has no |)",
+    )
+
+    def __post_init__(self) -> None:
+        if self.pipeline_layout != "pattern":
+            raise ValueError(
+                f"--pipeline-layout {self.pipeline_layout}: only megatron_hybrid.pretrain plans a layout; elsewhere "
+                "paste what python -m megatron_hybrid.parallel.pipeline_layout prints"
+            )
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -2,8 +2,8 @@
 
 Megatron-Core names CUDA in about forty places that a CPU run reaches (devices, streams, random state, type
 strings). `REPLACEMENTS` lists every symbol that `enable()` replaces and why; nothing else is touched, and the
-mathematics is never changed. Two entries are not about devices: torch's Adam stands in for Transformer Engine's
-fused Adam on CPU, and Megatron's distributed optimizer mishandles its per-parameter `step` tensor on load.
+mathematics is never changed. Three entries are not about devices: torch's Adam stands in for Transformer Engine's
+fused Adam on CPU, and Megatron's distributed optimizer mishandles its per-parameter `step` tensor.
 """
 
 from __future__ import annotations
@@ -83,8 +83,17 @@ def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _set_states_with_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Loading passes no `step` for torch's Adam; without the key Megatron raises KeyError."""
-    return lambda self, param, tensors: original(self, param, {"step": None, **tensors})
+    """Loading passes no `step` for torch's Adam (KeyError), or, unresharded, one that is not the saved one.
+
+    The parameter groups hold the right step, and Megatron has set it from them before this is called.
+    In fp32 the optimizer's tensors are the model's own parameters, which Megatron overwrites with autograd on.
+    """
+
+    @torch.no_grad()
+    def set_states(self: Any, model_param: Any, tensors: Any) -> None:
+        original(self, model_param, {**tensors, "step": None})
+
+    return set_states
 
 
 def _load_with_own_steps(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,6 +106,20 @@ def _load_with_own_steps(original: Callable[..., Any]) -> Callable[..., Any]:
                 state["step"] = state["step"].clone()
 
     return load_state_dict
+
+
+def _state_from_the_start(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A resuming run asks for the state before the first step, when torch's Adam has none yet."""
+
+    def state_dict(self: Any) -> Any:
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if not self.optimizer.state[param]:
+                    moments = {key: torch.zeros_like(param) for key in self.optimizer_state_keys}
+                    self.optimizer.state[param].update(step=torch.tensor(0.0), **moments)
+        return original(self)
+
+    return state_dict
 
 
 def _initialize_without_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,6 +173,7 @@ MODULES_NAMING_CUDA = (
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.training.utils.common_utils",
     "megatron.training.training",
+    "megatron.training.checkpointing",
     "megatron.training.initialize",
 )
 
@@ -200,6 +224,12 @@ def _replacements() -> list[Replacement]:
             "DistributedOptimizer._set_main_param_and_optimizer_states",
             _set_states_with_step,
             "torch Adam stands in for the fused one: `step` is missing on load",
+        ),
+        Replacement(
+            _DISTRIBUTED_OPTIMIZER,
+            "DistributedOptimizer.state_dict",
+            _state_from_the_start,
+            "torch Adam stands in for the fused one: no state before the first step",
         ),
         Replacement(
             _DISTRIBUTED_OPTIMIZER,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
-
 from megatron_hybrid.presets import PRESETS, FlagValue
+from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.indexed_dataset import require_dataset
 
 #: Flags of which Megatron takes one: giving another on the command line drops the preset's.
@@ -18,9 +19,6 @@ ALTERNATIVES = (
 )
 
 _DATA_FLAGS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
-
-#: Largest tensor-parallel degree considered when naming the legal ones.
-_MAX_TP = 64
 
 
 class FlagError(ValueError):
@@ -77,8 +75,7 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         ("num-attention-heads", None),
         ("num-query-groups", None),
         ("linear-num-key-heads", None),
-        ("linear-num-value-heads", None),
-        ("ffn-hidden-size", None),
+        ("seq-length", None),
         ("train-iters", None),
         ("lr-decay-iters", None),
         ("lr-warmup-iters", 0),
@@ -86,7 +83,9 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in _DATA_FLAGS:
         parser.add_argument(f"--{name}", nargs="*", default=[])
-    parser.add_argument("--mock-data", action="store_true")
+    parser.add_argument("--save")
+    for name in ("mock-data", "bf16", "fp16", "use-distributed-optimizer", "no-save-optim", "sequence-parallel"):
+        parser.add_argument(f"--{name}", action="store_true")
     try:
         return parser.parse_known_args(list(flags))[0]
     except argparse.ArgumentError as error:
@@ -104,14 +103,14 @@ def check(flags: Sequence[str]) -> None:
     _check_tensor_parallel(values)
     _check_pipeline(values)
     _check_schedule(values)
-    if values.context_parallel_size != 1:
-        raise FlagError(f"--context-parallel-size {values.context_parallel_size}: not supported yet; legal: 1")
+    _check_optimizer(values)
+    _check_context_parallel(values)
     if not values.mock_data:
         for name in _DATA_FLAGS:
             for prefix in _prefixes(getattr(values, name.replace("-", "_"))):
                 try:
                     require_dataset(prefix)
-                except (OSError, ValueError) as error:
+                except (OSError, ToolError) as error:
                     raise FlagError(f"--{name} {prefix}: {error}") from None
 
 
@@ -137,24 +136,18 @@ def _check_pattern(values: argparse.Namespace) -> None:
 
 
 def _check_tensor_parallel(values: argparse.Namespace) -> None:
+    """Heads need not divide (`parallel/head_padding.py`); with more ranks than heads, some would hold padding only."""
     tp = values.tensor_model_parallel_size
-    sizes = {
-        "--num-attention-heads": values.num_attention_heads,
-        "--num-query-groups": values.num_query_groups,
-        "--ffn-hidden-size": values.ffn_hidden_size,
-    }
+    heads = {"--num-attention-heads": values.num_attention_heads, "--num-query-groups": values.num_query_groups}
     if "G" in values.hybrid_layer_pattern:
-        sizes["--linear-num-key-heads"] = values.linear_num_key_heads
-        sizes["--linear-num-value-heads"] = values.linear_num_value_heads
-    sizes = {flag: size for flag, size in sizes.items() if size}
-    broken = {flag: size for flag, size in sizes.items() if tp < 1 or size % tp}
-    if broken:
-        legal = [n for n in range(1, _MAX_TP + 1) if all(size % n == 0 for size in sizes.values())]
-        nearest = min(legal, key=lambda n: (abs(n - tp), n))
-        reasons = ", ".join(f"{flag} {size}" for flag, size in broken.items())
+        heads["--linear-num-key-heads"] = values.linear_num_key_heads
+    heads = {flag: count for flag, count in heads.items() if count}
+    most = min(heads.values(), default=tp)
+    if not 1 <= tp <= most:
+        fewest = ", ".join(f"{flag} {count}" for flag, count in heads.items() if count == most)
         raise FlagError(
-            f"--tensor-model-parallel-size {tp}: must divide {reasons}; nearest legal: {nearest}; "
-            f"legal: {', '.join(map(str, legal))}"
+            f"--tensor-model-parallel-size {tp}: must be at least 1 and at most {fewest}; "
+            f"nearest legal: {min(max(tp, 1), most)}; legal: 1 to {most} (heads need not divide: they are padded)"
         )
 
 
@@ -172,7 +165,25 @@ def _check_pipeline(values: argparse.Namespace) -> None:
         legal = [n for n in range(1, len(pattern) + 1) if len(pattern) % n == 0]
         raise FlagError(
             f"--pipeline-model-parallel-size {pp}: does not divide {len(pattern)} layers; nearest legal: "
-            f"{min(legal, key=lambda n: abs(n - pp))}; or mark uneven stages with | in --hybrid-layer-pattern"
+            f"{min(legal, key=lambda n: abs(n - pp))}; or --pipeline-layout auto, "
+            "or mark uneven stages with | in --hybrid-layer-pattern"
+        )
+
+
+def _check_context_parallel(values: argparse.Namespace) -> None:
+    cp, length = values.context_parallel_size, values.seq_length
+    if length is None:
+        return
+    multiple = 2 * cp if cp > 1 else 1
+    if values.sequence_parallel:
+        multiple = math.lcm(multiple, cp * values.tensor_model_parallel_size)
+    if cp < 1 or length % multiple:
+        nearest = max(round(length / max(multiple, 1)), 1) * max(multiple, 1)
+        legal = [n for n in range(1, 65) if length % (2 * n) == 0]
+        raise FlagError(
+            f"--context-parallel-size {cp}: --seq-length {length} must be a multiple of {multiple} (2 parts for each "
+            f"context-parallel rank, 1 for each sequence-parallel one); nearest legal length: {nearest}; sizes that "
+            f"divide it: {', '.join(map(str, legal))}"
         )
 
 
@@ -182,6 +193,16 @@ def _check_schedule(values: argparse.Namespace) -> None:
         flag = "--lr-decay-iters" if values.lr_decay_iters else "--train-iters"
         raise FlagError(
             f"--lr-warmup-iters {values.lr_warmup_iters}: must be less than {flag} {decay}; nearest legal: {decay - 1}"
+        )
+
+
+def _check_optimizer(values: argparse.Namespace) -> None:
+    half = next((flag for flag in ("bf16", "fp16") if getattr(values, flag)), None)
+    saves = values.save and not values.no_save_optim
+    if half and saves and "G" in values.hybrid_layer_pattern and not values.use_distributed_optimizer:
+        raise FlagError(
+            f"--{half}: Megatron's plain optimizer cannot save a model with fp32 parameters (A_log, dt_bias); "
+            "add --use-distributed-optimizer (one rank will do), or --no-save-optim"
         )
 
 

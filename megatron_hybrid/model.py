@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_total_pipeline_segment_count
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -15,6 +16,53 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
 from megatron_hybrid.modules.init import use_olmo_init
+from megatron_hybrid.parallel.head_padding import (
+    ALIGNMENT,
+    Part,
+    describe_split,
+    padded_config,
+    real_numel,
+    rounded_up,
+    split_of,
+    without_padding,
+)
+
+
+class OlmoHybridModel(HybridModel):
+    """Megatron's HybridModel for any tensor-parallel size: the vocabulary is padded, and no padding is stored."""
+
+    def __init__(
+        self, config: TransformerConfig, hybrid_stack_spec: ModuleSpec, vocab_size: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """vocab_size: rows of the embedding and of the output layer, as stored; padded here."""
+        padded = rounded_up(vocab_size, config.tensor_model_parallel_size, ALIGNMENT)
+        super().__init__(config, hybrid_stack_spec, padded, *args, **kwargs)
+        rows = [Part(vocab_size, padded)]
+        if self.pre_process:
+            describe_split(self.embedding.word_embeddings.weight, rows, self.pg_collection.tp)
+        if self.post_process:
+            describe_split(self.output_layer.weight, rows, self.pg_collection.tp)
+            if padded > vocab_size:
+                self.output_layer.register_forward_hook(hide_padded_logits)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        return without_padding(super().sharded_state_dict(prefix, sharded_offsets, metadata))
+
+
+def hide_padded_logits(output_layer: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
+    """Forward hook of the output layer: logits of padded rows become the lowest number, which softmax turns into 0.
+
+    Not −infinity: fused cross-entropies that go over a rank's columns first would subtract it from itself.
+    output[0]: [..., this rank's rows], or [..., all rows] where the layer gathers.
+    """
+    logits, split = output[0], split_of(output_layer.weight)
+    assert split is not None
+    gathered = logits.shape[-1] != output_layer.weight.shape[0]
+    rows = split.parts[0].true if gathered else next(real for *_, real in split.shares())
+    if rows < logits.shape[-1]:
+        logits[..., rows:].fill_(torch.finfo(logits.dtype).min)
 
 
 def build_model(
@@ -36,7 +84,8 @@ def build_model(
     Args:
         config: changed in place: its init methods become OLMo's.
         pattern: `G` and `*` layers, `|` between pipeline stages.
-        padded_vocab_size: rows of the embedding and of the output layer.
+        padded_vocab_size: rows of the embedding and of the output layer, for any tensor-parallel size: the
+            tokenizer's vocabulary rounded up to --make-vocab-size-divisible-by.
         stack_spec: default the released architecture.
 
     Raises:
@@ -44,7 +93,7 @@ def build_model(
     """
     _check_interleaving(config, pattern)
     use_olmo_init(config)
-    return HybridModel(
+    return OlmoHybridModel(
         config,
         stack_spec or build_stack_spec(),
         padded_vocab_size,
@@ -92,6 +141,13 @@ def model_from_args(
     )
 
 
+def config_from_args(args: argparse.Namespace) -> TransformerConfig:
+    """Megatron's config of parsed arguments, its sizes rounded up to what the tensor-parallel size divides."""
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    return padded_config(lambda values: core_transformer_config_from_args(argparse.Namespace(**values)), vars(args))
+
+
 def count_parameters(modules: Iterable[torch.nn.Module]) -> int:
-    """Parameters held by these modules (on this rank)."""
-    return sum(p.numel() for module in modules for p in module.parameters())
+    """Parameters held by these modules (on this rank), padding left out."""
+    return sum(real_numel(p) for module in modules for p in module.parameters())

@@ -45,6 +45,11 @@ _OPTIMIZER_7B: Flags = {
     "bf16": True,
     "use-distributed-optimizer": True,
     "ckpt-format": "torch_dist",
+    "dist-ckpt-optim-fully-reshardable": True,  # resume under any TP, PP and DP
+    "save-interval": 1000,
+    "eval-interval": 10000,
+    "eval-iters": 10,
+    "log-interval": 10,
 }
 
 _OLMO_HYBRID_7B: Flags = {
@@ -115,6 +120,11 @@ _OLMO_HYBRID_TINY: Flags = {
     "global-batch-size": 8,
     "seed": 34521,
     "ckpt-format": "torch_dist",
+    "dist-ckpt-optim-fully-reshardable": True,  # resume under any TP, PP and DP
+    "save-interval": 100,
+    "eval-interval": 100,
+    "eval-iters": 4,
+    "log-interval": 1,
 }
 
 PRESETS: Mapping[str, Flags] = {

@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_hybrid import compat
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.flags import FlagError, check, compose
+from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own flags, and the rest, which is Megatron's and the plugin's."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_hybrid.pretrain",
-        description="Train an OLMo-Hybrid with Megatron's own trainer. All other flags are Megatron's (see --help-all).",
+        description="Train an OLMo-Hybrid with Megatron's own trainer. Other flags are Megatron's (--help-all).",
         allow_abbrev=False,
     )
     parser.add_argument("--preset", metavar="NAME", help=f"named set of flags: {', '.join(sorted(PRESETS))}")
@@ -60,17 +61,19 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
     try:
         return parse_and_validate_args(extra_args_provider=HybridConfig.add_to)
     except (AssertionError, ValueError, FileNotFoundError) as error:
-        raise FlagError(" ".join(str(error).split()) or f"Megatron refused the flags ({type(error).__name__})") from error
+        raise FlagError(
+            " ".join(str(error).split()) or f"Megatron refused the flags ({type(error).__name__})"
+        ) from error
 
 
 def stack_spec(args: argparse.Namespace) -> Any:
     """The stack spec: the plugin's own with the plugin's options, or whatever else --spec names."""
     from megatron.core.transformer.spec_utils import import_module
 
-    from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
+    from megatron_hybrid.layer_specs.olmo_hybrid import Implementation, build_stack_spec
 
     if args.spec is None or args.spec[0].startswith("megatron_hybrid.layer_specs."):
-        implementation = "local" if args.transformer_impl == "local" else "transformer_engine"
+        implementation: Implementation = "local" if args.transformer_impl == "local" else "transformer_engine"
         return build_stack_spec(HybridConfig.from_args(args), implementation)
     return import_module(tuple(args.spec))
 
@@ -84,14 +87,13 @@ def provide_model(
 ) -> HybridModel:
     """Megatron's model provider."""
     from megatron.training import get_args
-    from megatron.training.arguments import core_transformer_config_from_args
 
-    from megatron_hybrid.model import model_from_args
+    from megatron_hybrid.model import config_from_args, model_from_args
 
     args = get_args()
     return model_from_args(
         args,
-        config or core_transformer_config_from_args(args),
+        config or config_from_args(args),
         stack_spec(args),
         pre_process=pre_process,
         post_process=post_process,
@@ -110,6 +112,10 @@ def prepare(argv: Sequence[str]) -> argparse.Namespace:
         if problem := compat.python_problem():
             raise FlagError(problem)
         flags = compose(own.preset, rest, own.without)
+        if not own.help_all:
+            flags, planned = pipeline_layout.resolve(flags)
+            if planned and os.environ.get("RANK", "0") == "0":
+                print(planned, file=sys.stderr)
         if own.print_args:
             print("\n".join(_one_flag_a_line(flags)))
             raise SystemExit(0)
@@ -120,6 +126,8 @@ def prepare(argv: Sequence[str]) -> argparse.Namespace:
             print(f"added for this machine: {' '.join(added)}", file=sys.stderr)
         compat.start_backend()
         args = parse([*flags, *added] if not own.help_all else ["--help"])
+        _set_vocabulary(args, flags)
+        _say_what_is_padded(args)
         if args.save:
             _describe_checkpoint(args)
         return args
@@ -137,6 +145,38 @@ def _one_flag_a_line(flags: Sequence[str]) -> list[str]:
     return lines
 
 
+def _set_vocabulary(args: argparse.Namespace, flags: Sequence[str]) -> None:
+    """Rows of the vocabulary matrices: Megatron multiplies the divisor by the tensor-parallel size, which is undone.
+
+    The model must not depend on how it is split; the padding that tensor parallelism needs is not part of it.
+    """
+    from megatron.training import get_tokenizer
+
+    given = any(word.split("=")[0] == "--padded-vocab-size" for word in flags)
+    if not given and args.padded_vocab_size is not None:
+        multiple = args.make_vocab_size_divisible_by
+        args.padded_vocab_size = -(-get_tokenizer().vocab_size // multiple) * multiple
+
+
+def _say_what_is_padded(args: argparse.Namespace) -> None:
+    """One line at start.
+
+    Raises:
+        FlagError: a flag under which padding could not be zeroed where the model is built.
+    """
+    from megatron_hybrid.parallel.head_padding import Sizes, summary
+
+    sizes, tp = Sizes.of(vars(args)), args.tensor_model_parallel_size
+    line = summary(sizes, tp, args.hybrid_layer_pattern, args.padded_vocab_size)
+    if not line:
+        return
+    for flag in ("init-model-with-meta-device", "fp8-param-gather", "fp4-param-gather"):
+        if getattr(args, flag.replace("-", "_"), False):
+            raise FlagError(f"--{flag}: not supported where tensor parallelism pads ({line}); leave it out")
+    if args.rank == 0:
+        print(line, file=sys.stderr)
+
+
 def _describe_checkpoint(args: argparse.Namespace) -> None:
     from megatron.training import get_tokenizer
 
@@ -146,6 +186,22 @@ def _describe_checkpoint(args: argparse.Namespace) -> None:
         tokenizer = get_tokenizer()
         description = sidecar.describe(args, HybridConfig.from_args(args), tokenizer.vocab_size, tokenizer.eod)
         sidecar.write(Path(args.save), description)
+
+
+def _provider_after_warm_up(args: argparse.Namespace) -> Callable[..., HybridModel]:
+    """The model provider, and a rounded --ffn-hidden-size in args until it is called.
+
+    Before building a model Megatron warms up its fused functions with activations of half --ffn-hidden-size / TP, and
+    fails where that is no whole number. The model, and every checkpoint, get the true width.
+    """
+    width, multiple = args.ffn_hidden_size, 2 * args.tensor_model_parallel_size
+    args.ffn_hidden_size = -(-width // multiple) * multiple
+
+    def provide(*stage: Any, **options: Any) -> HybridModel:
+        args.ffn_hidden_size = width
+        return provide_model(*stage, **options)
+
+    return provide
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -165,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         build_datasets,
         ModelType.encoder_or_decoder,
         partial(forward_step, check_finite=args.check_for_nan_in_loss_and_grad),
-        model_provider=provide_model,
+        model_provider=_provider_after_warm_up(args),
     )
 
 

@@ -1,5 +1,6 @@
 """What the command-line tools share: errors that are one line, and a progress bar that stays out of logs."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,13 +25,22 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-def progress_bar(label: str, total: float | None, unit: str, **options: Any) -> "tqdm[Any]":
-    """A tqdm bar on a terminal, nothing where stderr is a file or a pipe (a scheduler's log)."""
+def byte_progress_bar(label: str, total_bytes: int | None, show_rate: bool = True) -> "tqdm[Any]":
+    """A tqdm bar that counts bytes, in powers of 1,000; nothing where stderr is a file or a pipe (a job's log).
+
+    `show_rate` False leaves out the bytes per second, for a caller that has a better rate to show.
+    """
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=label, unit=unit, disable=None, dynamic_ncols=True, mininterval=0.2, **options)
-
-
-def byte_progress_bar(label: str, total_bytes: int | None) -> "tqdm[Any]":
-    """A progress bar that counts bytes and shows their rate in kB/s, MB/s and so on (powers of 1,000)."""
-    return progress_bar(label, total_bytes, "B", unit_scale=True, unit_divisor=1000)
+    rate = ", {rate_fmt}" if show_rate else ""
+    return tqdm(
+        total=total_bytes,
+        desc=label,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1000,
+        disable=None,
+        mininterval=0.2,
+        ncols=shutil.get_terminal_size((100, 24)).columns,  # a terminal that tells no size gets 100
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}" + rate + "{postfix}]",
+    )

@@ -16,19 +16,21 @@ Here, as in all GPT data, one document is one sequence. Megatron's own reader ch
 version and nothing else: a truncated .bin opens, and fails days later when the lost document is drawn.
 """
 
-import hashlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
 from megatron_hybrid.tools.atomic_file import flush_to_disk, fsync_folder, temporary_path
 from megatron_hybrid.tools.cli import ToolError
-from numpy.typing import NDArray
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -57,15 +59,15 @@ class DatasetSummary:
 
 @dataclass(frozen=True)
 class WrittenDataset:
-    """The result of `IndexedDatasetWriter.commit`; the hashes are of the files as written."""
+    """The result of `IndexedDatasetWriter.commit`; the hashes (XXH3, 128 bits) are of the files as written."""
 
     dtype: str
     documents: int
     tokens: int
     bin_bytes: int
-    bin_sha256: str
+    bin_xxh3: str
     idx_bytes: int
-    idx_sha256: str
+    idx_xxh3: str
 
 
 def bin_path(prefix: str | Path) -> Path:
@@ -87,23 +89,34 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size < UINT16_VOCAB_LIMIT else "<i4")
 
 
-class _HashedFile:
-    """A file being written, with the SHA-256 and the number of the bytes written so far."""
+class HashedFile:
+    """A file being written, with the XXH3 hash and the number of the bytes written so far."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.sha256 = hashlib.sha256()
+        self.xxh3 = xxhash.xxh3_128()
         self.written_bytes = 0
         self._handle: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by finish or discard
 
     def write(self, data: bytes | NDArray[Any]) -> None:
         buffer = data if isinstance(data, bytes) else memoryview(np.ascontiguousarray(data)).cast("B")
-        self.sha256.update(buffer)
+        self.xxh3.update(buffer)
         self.written_bytes += self._handle.write(buffer)
 
     def finish(self) -> None:
         flush_to_disk(self._handle)
         self._handle.close()
+
+    def position(self) -> tuple[Any, int]:
+        """Where the file is now, for `back_to`."""
+        return self.xxh3.copy(), self.written_bytes
+
+    def back_to(self, position: tuple[Any, int]) -> None:
+        """Takes back all that was written since `position`."""
+        self.xxh3, self.written_bytes = position[0].copy(), position[1]
+        self._handle.flush()
+        self._handle.truncate(self.written_bytes)
+        self._handle.seek(self.written_bytes)
 
     def discard(self) -> None:
         self._handle.close()
@@ -126,7 +139,7 @@ class IndexedDatasetWriter:
         self.tokens = 0
         self._lengths: list[NDArray[np.int32]] = []
         bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._bin: _HashedFile | None = _HashedFile(temporary_path(bin_path(prefix)))
+        self._bin: HashedFile | None = HashedFile(temporary_path(bin_path(prefix)))
 
     def __enter__(self) -> "IndexedDatasetWriter":
         return self
@@ -152,8 +165,54 @@ class IndexedDatasetWriter:
         Raises DatasetError, and writes nothing, if an id is outside [0, vocab_size), if a length
         is outside [0, 2**31), or if the lengths do not add up to the number of ids.
         """
+        self._check_ids(token_ids)
+        if lengths.size and (lengths.min() < 0 or lengths.max() > MAX_DOCUMENT_TOKENS):
+            raise DatasetError(
+                f"{self.prefix}.bin: a document of {int(lengths.max())} tokens; the format allows 0 to "
+                f"{MAX_DOCUMENT_TOKENS}: split it"
+            )
+        if int(lengths.sum(dtype=np.int64)) != token_ids.size:
+            raise DatasetError(
+                f"{self.prefix}.bin: {token_ids.size} ids for documents of "
+                f"{int(lengths.sum(dtype=np.int64))} tokens in all"
+            )
+        self._open_bin().write(token_ids.astype(self.dtype, copy=False))
+        self._lengths.append(lengths.astype("<i4"))
+        self.documents += int(lengths.size)
+        self.tokens += int(token_ids.size)
+
+    @contextmanager
+    def long_document(self) -> Iterator[Callable[[NDArray[np.integer[Any]]], None]]:
+        """A document that arrives in pieces: yields the function that appends ids to it.
+
+        If the block raises, the document is taken back and the error goes on.
+        """
+        position, tokens = self._open_bin().position(), 0
+
+        def extend(token_ids: NDArray[np.integer[Any]]) -> None:
+            nonlocal tokens
+            self._check_ids(token_ids)
+            tokens += int(token_ids.size)
+            if tokens > MAX_DOCUMENT_TOKENS:
+                raise DatasetError(f"{self.prefix}.bin: a document of over {MAX_DOCUMENT_TOKENS} tokens; split it")
+            self._open_bin().write(token_ids.astype(self.dtype, copy=False))
+
+        try:
+            yield extend
+        except BaseException:
+            self._open_bin().back_to(position)
+            raise
+        self._lengths.append(np.array([tokens], dtype="<i4"))
+        self.documents += 1
+        self.tokens += tokens
+
+    def _open_bin(self) -> HashedFile:
         if self._bin is None:
             raise DatasetError(f"{self.prefix}: documents added after the dataset was closed")
+        return self._bin
+
+    def _check_ids(self, token_ids: NDArray[np.integer[Any]]) -> None:
+        """Raises DatasetError unless `token_ids` is a 1-D array of integers in [0, vocab_size)."""
         if token_ids.dtype.kind not in "iu" or token_ids.ndim != 1:
             raise DatasetError(
                 f"{self.prefix}.bin: token ids must be a 1-D array of integers, not "
@@ -165,20 +224,6 @@ class IndexedDatasetWriter:
                 f"{self.prefix}.bin: token id {worst} is outside the vocabulary, 0 to "
                 f"{self.vocab_size - 1}; use the tokenizer these ids came from"
             )
-        if lengths.size and (lengths.min() < 0 or lengths.max() > MAX_DOCUMENT_TOKENS):
-            raise DatasetError(
-                f"{self.prefix}.bin: a document of {int(lengths.max())} tokens; the format allows 0 to "
-                f"{MAX_DOCUMENT_TOKENS}: split it"
-            )
-        if int(lengths.sum(dtype=np.int64)) != token_ids.size:
-            raise DatasetError(
-                f"{self.prefix}.bin: {token_ids.size} ids for documents of "
-                f"{int(lengths.sum(dtype=np.int64))} tokens in all"
-            )
-        self._bin.write(token_ids.astype(self.dtype, copy=False))
-        self._lengths.append(lengths.astype("<i4"))
-        self.documents += int(lengths.size)
-        self.tokens += int(token_ids.size)
 
     def commit(self) -> WrittenDataset:
         """Completes both files and gives them their final names, `.bin` first, then `.idx`.
@@ -187,7 +232,7 @@ class IndexedDatasetWriter:
         """
         if self._bin is None:
             raise DatasetError(f"{self.prefix}: committed after the dataset was closed")
-        index = _HashedFile(temporary_path(idx_path(self.prefix)))
+        index = HashedFile(temporary_path(idx_path(self.prefix)))
         try:
             self._write_index(index)
             index.finish()
@@ -207,25 +252,57 @@ class IndexedDatasetWriter:
             documents=self.documents,
             tokens=self.tokens,
             bin_bytes=written.written_bytes,
-            bin_sha256=written.sha256.hexdigest(),
+            bin_xxh3=written.xxh3.hexdigest(),
             idx_bytes=index.written_bytes,
-            idx_sha256=index.sha256.hexdigest(),
+            idx_xxh3=index.xxh3.hexdigest(),
         )
 
-    def _write_index(self, index: _HashedFile) -> None:
+    def _write_index(self, index: HashedFile) -> None:
         lengths = np.concatenate([np.zeros(0, dtype="<i4"), *self._lengths])
-        code = next(code for code, name in DTYPE_CODES.items() if name == self.dtype.name)
-        index.write(HEADER.pack(MAGIC, VERSION, code, lengths.size, lengths.size + 1))
-        index.write(lengths)
-        for _, pointers in _expected_pointers(lengths, self.dtype.itemsize):
-            index.write(pointers)
-        for start in range(0, lengths.size + 1, BLOCK_SEQUENCES):
-            index.write(np.arange(start, min(start + BLOCK_SEQUENCES, lengths.size + 1), dtype="<i8"))
+        write_index(index, self.dtype.name, [lengths], [np.zeros(0, dtype="<i8")])
 
 
-def _expected_pointers(lengths: NDArray[np.int32], itemsize: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Byte offsets of sequences that lie end to end, as (first sequence, offsets) by block."""
+def write_index(
+    index: HashedFile,
+    dtype: str,
+    lengths: Sequence[NDArray[np.int32]],
+    boundaries: Sequence[NDArray[np.int64]],
+) -> None:
+    """Writes the index of datasets that lie end to end in one .bin, from the arrays of each.
+
+    `lengths` are the tokens of each dataset's sequences, `boundaries` its document index; an empty one
+    stands for one document per sequence. Memory: blocks of BLOCK_SEQUENCES, whatever the number of documents.
+    """
+    itemsize = np.dtype(dtype).itemsize
+    code = next(code for code, name in DTYPE_CODES.items() if name == dtype)
+    sequences = sum(part.size for part in lengths)
+    documents = sum(
+        bounds.size - 1 if bounds.size else part.size for part, bounds in zip(lengths, boundaries, strict=True)
+    )
+    index.write(HEADER.pack(MAGIC, VERSION, code, sequences, documents + 1))
+    for part in lengths:
+        for start in range(0, part.size, BLOCK_SEQUENCES):
+            index.write(part[start : start + BLOCK_SEQUENCES])
     offset = 0
+    for part in lengths:
+        for start, pointers in _expected_pointers(part, itemsize, offset):
+            index.write(pointers)
+            end = int(pointers[-1]) + int(part[start + pointers.size - 1]) * itemsize
+        offset = end if part.size else offset
+    index.write(np.zeros(1, dtype="<i8"))
+    first = 0
+    for part, bounds in zip(lengths, boundaries, strict=True):
+        for start in range(1, (bounds.size or part.size + 1), BLOCK_SEQUENCES):
+            stop = min(start + BLOCK_SEQUENCES, bounds.size or part.size + 1)
+            block = bounds[start:stop] if bounds.size else np.arange(start, stop, dtype="<i8")
+            index.write((block + first).astype("<i8", copy=False))
+        first += part.size
+
+
+def _expected_pointers(
+    lengths: NDArray[np.int32], itemsize: int, offset: int = 0
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Byte offsets of sequences that lie end to end from `offset` on, as (first sequence, offsets) by block."""
     for start in range(0, lengths.size, BLOCK_SEQUENCES):
         ends = offset + np.cumsum(lengths[start : start + BLOCK_SEQUENCES], dtype=np.int64) * itemsize
         yield start, np.concatenate([np.array([offset], dtype=np.int64), ends[:-1]]).astype("<i8")

@@ -4,24 +4,15 @@ Two questions, kept apart: `read_lines` yields every line of a file or fails (a 
 ends early never passes for a short one); `parse_text` says what one line holds, or why it is no document.
 """
 
-import gzip
-import io
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from megatron_hybrid.tools.cli import ToolError
+from megatron_hybrid.tools.corpus.streams import damaged, decompression_errors, open_input, read_chunks
 
-GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-ZSTD_SKIPPABLE = {bytes([0x50 + low, 0x2A, 0x4D, 0x18]) for low in range(16)}  # seekable and pzstd files
-ZSTD_MAX_WINDOW = 2**31  # files made with `zstd --long=31`
-READ_BYTES = 128 << 10  # compressed bytes decoded at a time; bounds what one step can inflate to
 UTF8_BOM = b"\xef\xbb\xbf"
 
-# Why a line is no document. `blank_line` holds nothing, so it is counted but never an error.
+# Why a line (or row) is no document. `blank_line` holds nothing, so it is counted but never an error.
 REASONS = {
     "blank_line": "the line is blank",
     "invalid_utf8": "the line is not UTF-8",
@@ -32,6 +23,8 @@ REASONS = {
     "lone_surrogate": "the text has a lone surrogate, which UTF-8 cannot hold",
     "empty_text": "the text is empty",
     "no_tokens": "the tokenizer makes no token of the text",
+    "document_too_long": "the document is longer than can be encoded in bounded memory",
+    "truncated_stream": "the file breaks off here, and what follows is lost",
 }
 
 
@@ -43,92 +36,28 @@ class RejectedLine(Exception):
         self.reason = reason
 
 
-class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of a zstd file of one or more frames.
-
-    Raises EOFError where the file ends inside a frame; zstandard's own stream_reader ends without
-    an error there, after whatever it could decode.
-    """
-
-    def __init__(self, source: BinaryIO) -> None:
-        import zstandard
-
-        self._source = source
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW)
-        self._frame: Any = None
-        self._input = b""
-        self._output = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fills `buffer` with up to its length of decompressed bytes; 0 at the end of the last frame."""
-        while not self._output:
-            if not self._input:
-                self._input = self._source.read(READ_BYTES)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a zstd frame")
-                return 0
-            if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            self._output = memoryview(self._frame.decompress(self._input))
-            self._input = b""
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size
-
-
-def open_decompressed(path: Path, source: io.BufferedReader) -> io.BufferedReader:
-    """Wraps `source`, opened at the start of `path`, so that it reads as decompressed bytes.
-
-    Raises ToolError if `path` is named .gz or .zst and its content is something else.
-    """
-    magic = source.read(4)
-    source.seek(0)
-    is_gzip = magic.startswith(GZIP_MAGIC)
-    is_zstd = magic == ZSTD_MAGIC or magic in ZSTD_SKIPPABLE
-    for suffix, matches in ((".gz", is_gzip), (".zst", is_zstd)):
-        if path.suffix == suffix and not matches:
-            what = "is empty" if not magic else f"starts with {magic!r}"
-            raise ToolError(f"{path}: named {suffix}, but the file {what}; fetch it again or rename it")
-    if is_gzip:
-        return io.BufferedReader(gzip.GzipFile(fileobj=source, mode="rb"), READ_BYTES)
-    if is_zstd:
-        return io.BufferedReader(_ZstdStream(source), READ_BYTES)
-    return source
-
-
-def read_lines(path: Path, on_bytes: Callable[[int], object] | None = None) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> Iterator[tuple[int, bytes]]:
     """Yields (line number from 1, line without its newline) for every line of a JSONL file.
 
     `on_bytes` is called with the number of stored (compressed) bytes consumed since its last call.
-    Raises ToolError, naming the file and the last whole line, where a compressed stream is truncated
+    Raises InputFault, naming the file and the last whole line, where a compressed stream is truncated
     or corrupt: how many lines are lost there is unknown, so this can be an error only.
     """
-    import zstandard
-
-    number, consumed = 0, 0
-    with open(path, "rb") as source:
-        stream = open_decompressed(path, source)
+    number = 0
+    rest: list[bytes] = []
+    with open_input(str(path)) as source:
         try:
-            for number, line in enumerate(stream, 1):
-                if on_bytes is not None and number % 64 == 0:
-                    position = source.tell()
-                    on_bytes(position - consumed)
-                    consumed = position
-                yield number, line.removesuffix(b"\n")
-        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-            raise ToolError(
-                f"{path}: truncated or corrupt after line {number} ({error}); the lines lost cannot be "
-                "counted, so --on-error skip does not apply: fetch the file again"
-            ) from error
-        if on_bytes is not None:
-            on_bytes(source.tell() - consumed)
+            for chunk in read_chunks(str(path), source, on_bytes=on_bytes):
+                first, *others = chunk.split(b"\n")
+                rest.append(first)
+                for following in others:
+                    number += 1
+                    yield number, b"".join(rest)
+                    rest = [following]
+        except decompression_errors() as error:
+            raise damaged(str(path), f"line {number}", error) from error
+    if last := b"".join(rest):
+        yield number + 1, last
 
 
 def parse_text(line: bytes, key: str, first_line: bool = False) -> str:

@@ -18,21 +18,22 @@ class SidecarError(ValueError):
     """The folder holds another model; the message names the folder, the key and both values."""
 
 
-def describe(args: argparse.Namespace, options: HybridConfig, true_vocab_size: int, eos_token_id: int) -> dict[str, Any]:
+def describe(
+    args: argparse.Namespace, options: HybridConfig, true_vocab_size: int, eos_token_id: int
+) -> dict[str, Any]:
     """The model in the words of transformers' OlmoHybridConfig where that has them.
 
     Args:
-        args: parsed Megatron arguments.
-        true_vocab_size: tokens of the tokenizer. `vocab_size` rounds it up to --make-vocab-size-divisible-by, so
-            that it does not depend on the tensor-parallel padding of the stored tensors.
+        args: parsed Megatron arguments, sizes without padding for tensor parallelism. `padded_vocab_size` is
+            the tokenizer's rounded up to --make-vocab-size-divisible-by: rows of the stored vocabulary matrices.
+        true_vocab_size: tokens of the tokenizer.
     """
-    multiple = args.make_vocab_size_divisible_by
     has_rope = args.position_embedding_type == "rope"
     return {
         "format": FORMAT,
         "model_type": "olmo_hybrid",
         "hybrid_layer_pattern": args.hybrid_layer_pattern.replace("|", ""),
-        "vocab_size": -(-true_vocab_size // multiple) * multiple,
+        "vocab_size": args.padded_vocab_size,
         "true_vocab_size": true_vocab_size,
         "hidden_size": args.hidden_size,
         "intermediate_size": args.ffn_hidden_size,
@@ -45,7 +46,7 @@ def describe(args: argparse.Namespace, options: HybridConfig, true_vocab_size: i
         "linear_value_head_dim": args.linear_value_head_dim,
         "linear_conv_kernel_dim": args.linear_conv_kernel_dim,
         "linear_allow_neg_eigval": options.gdn_allow_neg_eigval,
-        "rms_norm_eps": args.norm_epsilon,
+        "rms_norm_eps": args.layernorm_epsilon,
         "gdn_norm_eps": options.gdn_norm_epsilon,
         "rope_theta": float(args.rotary_base) if has_rope else None,
         "max_position_embeddings": args.max_position_embeddings,

@@ -10,14 +10,13 @@ without sequence parallelism; OLMo's initialisation; the projection split in two
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -29,8 +28,14 @@ from megatron.core.transformer.utils import (
 from torch import nn
 
 from megatron_hybrid.kernels import reference
-from megatron_hybrid.modules.init import TruncatedNormal, init_sharded_, sample_a_log, sample_dt_bias
+from megatron_hybrid.modules.fp32_parameters import keeping_fp32, support_in_optimizers
+from megatron_hybrid.modules.init import Sampler, TruncatedNormal, init_sharded_, sample_a_log, sample_dt_bias
 from megatron_hybrid.modules.norms import HeadNorm, shared_by_heads
+from megatron_hybrid.parallel import state_passing
+from megatron_hybrid.parallel.head_exchange import check_heads, share, to_heads, to_tokens
+from megatron_hybrid.parallel.head_padding import Part, describe_split, true_sizes, without_padding
+from megatron_hybrid.parallel.packed import routes_of
+from megatron_hybrid.parallel.routes import Routes
 
 
 @dataclass
@@ -40,6 +45,20 @@ class GatedDeltaNetSubmodules:
     in_proj: ModuleSpec | type
     ab_proj: ModuleSpec | type
     out_proj: ModuleSpec | type
+
+
+GdnCpCommType = state_passing.Exchange | Literal["a2a"]
+
+
+@dataclass
+class _Heads:
+    """The heads that a rank works on, and what belongs to each: all of its own, or its share of an all-to-all."""
+
+    key_heads: int
+    value_heads: int
+    conv_weight: torch.Tensor
+    A_log: torch.Tensor
+    dt_bias: torch.Tensor
 
 
 class ShortConv(nn.Module):
@@ -74,7 +93,8 @@ class GatedDeltaNet(MegatronModule):
     Takes the place of `self_attention` in a Megatron TransformerLayer.
 
     Under tensor parallelism each rank holds H/TP heads. Under sequence parallelism both input projections gather the
-    sequence; the a|b one costs a second gather of [s, b, D].
+    sequence; the a|b one costs a second gather of [s, b, D]. Under context parallelism states are passed between
+    ranks (`parallel/state_passing.py`), whatever the number of heads.
     """
 
     def __init__(
@@ -86,6 +106,7 @@ class GatedDeltaNet(MegatronModule):
         allow_neg_eigval: bool = True,
         output_gate: bool = True,
         norm_eps: float = 1e-5,
+        cp_comm: GdnCpCommType = "auto",
         name: str | None = None,
         cp_comm_type: str | None = None,
     ) -> None:
@@ -95,10 +116,12 @@ class GatedDeltaNet(MegatronModule):
             allow_neg_eigval: beta in (0, 2) instead of (0, 1).
             output_gate: multiply the normalised output by silu(z).
             norm_eps: of the output norm. Every other norm uses config.layernorm_epsilon.
-            cp_comm_type: Megatron passes it to every mixer; unused.
+            cp_comm: how context-parallel ranks work together: states by all-gather or by a scan, the faster of the
+                two, or heads by all-to-all.
+            cp_comm_type: Megatron passes it to every mixer; it is attention's, unused here.
 
         Raises:
-            ValueError: heads that tensor parallelism does not divide, or context parallelism.
+            ValueError: heads that tensor parallelism does not divide.
         """
         super().__init__(config)
         self.layer_number = layer_number
@@ -107,15 +130,17 @@ class GatedDeltaNet(MegatronModule):
         tp = self.tp_group.size()
         self.allow_neg_eigval = allow_neg_eigval
         self.output_gate = output_gate
+        self.exchange_heads = cp_comm == "a2a"
+        self.cp_exchange: state_passing.Exchange = "auto" if cp_comm == "a2a" else cp_comm
         if config.linear_num_value_heads % tp or config.linear_num_key_heads % tp:
             raise ValueError(
                 f"--tensor-model-parallel-size {tp} does not divide the Gated DeltaNet heads "
                 f"(--linear-num-key-heads {config.linear_num_key_heads}, "
-                f"--linear-num-value-heads {config.linear_num_value_heads})"
+                f"--linear-num-value-heads {config.linear_num_value_heads}); parallel/head_padding.py rounds them up"
             )
-        if config.context_parallel_size > 1:
-            raise ValueError(f"--context-parallel-size {config.context_parallel_size}: Gated DeltaNet runs with 1")
         self.key_heads = config.linear_num_key_heads // tp
+        if self.exchange_heads:
+            check_heads(self.key_heads, pg_collection.cp)
         self.value_heads = config.linear_num_value_heads // tp
         self.key_dim = config.linear_key_head_dim
         self.value_dim = config.linear_value_head_dim
@@ -129,6 +154,8 @@ class GatedDeltaNet(MegatronModule):
         self.conv1d = ShortConv(self.conv_sections, config.linear_conv_kernel_dim, config, self.tp_group)
         self.A_log = self._per_head_fp32(sample_a_log)
         self.dt_bias = self._per_head_fp32(sample_dt_bias)
+        if config.params_dtype != torch.float32:
+            support_in_optimizers()
         self.out_norm = HeadNorm(config, self.value_dim, norm_eps)
         self.out_proj = build_module(
             submodules.out_proj,
@@ -144,8 +171,26 @@ class GatedDeltaNet(MegatronModule):
             tp_group=self.tp_group,
             name=f"{name}.out_proj" if name else None,
         )
+        self._describe_splits()
 
-    def _input_linear(self, spec: ModuleSpec | type, size: int, name: str | None, suffix: str) -> nn.Module:
+    def _describe_splits(self) -> None:
+        """What each parameter consists of: its parts' stored names, and which heads are padding."""
+        sizes = true_sizes(self.config)
+        heads, key_heads = sizes.gdn_value_heads, sizes.gdn_key_heads
+        true = [key_heads * self.key_dim] * 2 + [heads * self.value_dim] * 2
+        names = ("query", "key", "value", "z")
+        projected = [Part(*part) for part in zip(true, self.in_sections, names, strict=False)]
+        per_head = Part(heads, self.config.linear_num_value_heads)
+        out = Part(heads * self.value_dim, self.conv_sections[2])
+        group = self.tp_group
+        describe_split(self.in_proj.weight, projected, group)
+        describe_split(self.ab_proj.weight, [replace(per_head, name=n) for n in ("alpha", "beta")], group)
+        describe_split(self.conv1d.weight, projected[:3], group)
+        describe_split(self.A_log, [per_head], group)
+        describe_split(self.dt_bias, [per_head], group)
+        describe_split(self.out_proj.weight, [out], group, dim=1)
+
+    def _input_linear(self, spec: ModuleSpec | type, size: int, name: str | None, suffix: str) -> Any:
         return build_module(
             spec,
             self.config.hidden_size,
@@ -161,20 +206,14 @@ class GatedDeltaNet(MegatronModule):
             name=f"{name}.{suffix}" if name else None,
         )
 
-    def _per_head_fp32(self, sample: Callable[[torch.Tensor], None]) -> nn.Parameter:
+    def _per_head_fp32(self, sample: Sampler) -> nn.Parameter:
         param = nn.Parameter(torch.empty(self.value_heads, dtype=torch.float32))
         init_sharded_(param, (self.config.linear_num_value_heads,), sample, self.config, self.tp_group)
         return param
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GatedDeltaNet:
         """Keep A_log and dt_bias in fp32 when Megatron casts the model to bf16: exp(A_log) needs the bits."""
-        fp32 = {id(self.A_log), id(self.dt_bias)}
-
-        def keeping_fp32(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            return tensor.to(result.device) if id(tensor) in fp32 and result.dtype != tensor.dtype else result
-
-        return super()._apply(keeping_fp32, recurse)
+        return super()._apply(keeping_fp32(fn, (self.A_log, self.dt_bias)), recurse)
 
     def forward(
         self,
@@ -191,19 +230,71 @@ class GatedDeltaNet(MegatronModule):
         """
         if inference_context is not None:
             raise NotImplementedError("GatedDeltaNet has no inference context: export the model to Hugging Face")
-        cu_seqlens = packed_seq_params.cu_seqlens_q if packed_seq_params is not None else None
-        tp = self.tp_group.size()
         projected = self.in_proj(hidden_states)[0].transpose(0, 1)  # [b, s, (2·Hk·K + 2·H·V)]
-        a, b = self.ab_proj(hidden_states)[0].transpose(0, 1).chunk(2, dim=-1)  # [b, s, H] each
-        conv_width = sum(self.conv_sections) // tp
-        qkv = reference.causal_conv_silu(projected[..., :conv_width], self.conv1d.weight, cu_seqlens=cu_seqlens)
-        q, k, v = qkv.split([size // tp for size in self.conv_sections], dim=-1)
-        q, k = (reference.l2norm(x.unflatten(-1, (self.key_heads, self.key_dim))) for x in (q, k))
-        v = v.unflatten(-1, (self.value_heads, self.value_dim))
-        g_fp32, beta = reference.gates(a, b, self.A_log, self.dt_bias, allow_neg_eigval=self.allow_neg_eigval)
-        o, _ = reference.gated_delta_rule_chunked(q, k, v, g_fp32, beta, cu_seqlens=cu_seqlens)  # [b, s, H, V]
-        y = self._gated_norm(o, projected[..., conv_width:])
-        return self.out_proj(y.flatten(-2).transpose(0, 1).contiguous())[0], None
+        ab = self.ab_proj(hidden_states)[0].transpose(0, 1)  # [b, s, 2·H]
+        if self.pg_collection.cp.size() > 1:
+            y = self._context_parallel(projected, ab, packed_seq_params)
+        else:
+            bounds = packed_seq_params.cu_seqlens_q if packed_seq_params is not None else None
+            y = self._mix(projected, ab, self._heads(), cu_seqlens=bounds)
+        return self.out_proj(y.transpose(0, 1).contiguous())[0], None
+
+    def _heads(self) -> _Heads:
+        return _Heads(self.key_heads, self.value_heads, self.conv1d.weight, self.A_log, self.dt_bias)
+
+    def _context_parallel(
+        self, projected: torch.Tensor, ab: torch.Tensor, packed_seq_params: PackedSeqParams | None
+    ) -> torch.Tensor:
+        """As `_mix`, for this rank's tokens of the sequence. Rows of a batch are documents of one packed row."""
+        rows, tokens = projected.shape[:2]
+        group = self.pg_collection.cp
+        routes = routes_of(tokens, rows, packed_seq_params, group, projected.device)
+        projected, ab = (x.reshape(rows * tokens, -1) for x in (projected, ab))
+        if not self.exchange_heads:
+            y = self._mix(projected[None], ab[None], self._heads(), cu_seqlens=routes.cu_segments, routes=routes)
+            return y.view(rows, tokens, -1)
+        tp, per_head = self.tp_group.size(), (self.value_heads,)
+        in_sections, conv_sections = ([n // tp for n in sizes] for sizes in (self.in_sections, self.conv_sections))
+        heads = _Heads(
+            self.key_heads // group.size(),
+            self.value_heads // group.size(),
+            share(self.conv1d.weight, conv_sections, group),
+            share(self.A_log, per_head, group),
+            share(self.dt_bias, per_head, group),
+        )
+        projected = to_heads(projected, in_sections, routes, group)
+        ab = to_heads(ab, per_head * 2, routes, group)
+        y = self._mix(projected[None], ab[None], heads, cu_seqlens=routes.cu_documents)
+        return to_tokens(y[0], routes, group).view(rows, tokens, -1)
+
+    def _mix(
+        self,
+        projected: torch.Tensor,
+        ab: torch.Tensor,
+        heads: _Heads,
+        cu_seqlens: torch.Tensor | None = None,
+        routes: Routes | None = None,
+    ) -> torch.Tensor:
+        """Convolution, gated delta rule and gated norm: [b, s, 2·Hk·K + 2·H·V] and [b, s, 2·H] to [b, s, H·V].
+
+        cu_seqlens: bounds of documents, or with routes of this rank's pieces of documents; then b = 1.
+        routes: where the tokens before each piece are, to pass states.
+        """
+        key_size, value_size = heads.key_heads * self.key_dim, heads.value_heads * self.value_dim
+        pre_conv, halo = projected[..., : 2 * key_size + value_size], None
+        if routes is not None:
+            halo = state_passing.conv_halo(pre_conv[0], routes, self.pg_collection.cp)
+        qkv = reference.causal_conv_silu(pre_conv, heads.conv_weight, cu_seqlens=cu_seqlens, initial_state=halo)
+        q, k, v = qkv.split((key_size, key_size, value_size), dim=-1)
+        q, k = (reference.l2norm(x.unflatten(-1, (heads.key_heads, self.key_dim))) for x in (q, k))
+        v = v.unflatten(-1, (heads.value_heads, self.value_dim))
+        a, b = ab.chunk(2, dim=-1)
+        gates = reference.gates(a, b, heads.A_log, heads.dt_bias, allow_neg_eigval=self.allow_neg_eigval)
+        if routes is None:
+            o, _ = reference.gated_delta_rule_chunked(q, k, v, *gates, cu_seqlens=cu_seqlens)
+        else:
+            o = state_passing.gated_delta_rule(q, k, v, *gates, routes, self.pg_collection.cp, self.cp_exchange)
+        return self._gated_norm(o, projected[..., 2 * key_size + value_size :]).flatten(-2)  # o: [b, s, H, V]
 
     def _gated_norm(self, o: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         weight = shared_by_heads(self.out_norm.weight, self.tp_group)
@@ -214,7 +305,7 @@ class GatedDeltaNet(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Every projection is stored as its parts (query, key, value, z; alpha, beta), so that TP can change."""
+        """Projections are stored as their parts (query, key, value, z; alpha, beta), real heads only: TP can change."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         per_head = {"A_log": self.A_log, "dt_bias": self.dt_bias}
         state = make_sharded_tensors_for_checkpoint(
@@ -229,19 +320,10 @@ class GatedDeltaNet(MegatronModule):
             state.update(
                 sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata, self.tp_group)
             )
-        heads = self.config.linear_num_value_heads
-        parts = ("query", "key", "value", "z")
-        for key, sections, names in (
-            ("in_proj", self.in_sections, parts[: len(self.in_sections)]),
-            ("ab_proj", (heads, heads), ("alpha", "beta")),
-            ("conv1d", self.conv_sections, parts[:3]),
-        ):
-            full = f"{prefix}{key}.weight"
-            local = [size // self.tp_group.size() for size in sections]
-            state[full] = _split_tensor_factory(state[full], local, list(names), 0)
-        return state
+        return without_padding(state)
 
     def backward_dw(self) -> None:
         """Weight gradients of the linears, when Megatron delays them."""
-        for linear in (self.out_proj, self.ab_proj, self.in_proj):
-            linear.backward_dw()
+        self.out_proj.backward_dw()
+        self.ab_proj.backward_dw()
+        self.in_proj.backward_dw()

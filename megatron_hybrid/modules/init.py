@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 
-Sampler = Callable[[torch.Tensor], None]
+Sampler = Callable[[torch.Tensor], object]
 
 #: U(0, 16) is drawn in steps of 16·2⁻²⁴; a draw of exactly 0 would give A_log = −inf, so it becomes the first step.
 SMALLEST_DECAY_RATE = 2.0**-20

@@ -21,6 +21,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import nn
 
+from megatron_hybrid.parallel.head_padding import Part, describe_split, true_sizes
+
 QKNormWidth = Literal["full", "head", "none"]
 
 
@@ -49,7 +51,7 @@ def post_normed(linear: type, norm: type) -> type:
     `<linear>.post_layernorm.weight`.
     """
 
-    class PostNormed(linear):  # type: ignore[valid-type,misc]
+    class PostNormed(linear):
         def __init__(
             self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool, **kwargs: Any
         ) -> None:
@@ -90,11 +92,15 @@ class QKNorm(nn.Module):
         self.eps = config.layernorm_epsilon
         self.full = width == "full"
         self.tp_group = tp_group
+        true = true_sizes(config)
+        #: What the sums of squares are divided by: heads of zeros add nothing to them.
+        self.true_widths = (true.heads * head_dim, true.groups * head_dim)
         sizes = (query_heads * head_dim, key_heads * head_dim) if self.full else (head_dim, head_dim)
         self.q_weight, self.k_weight = (nn.Parameter(torch.ones(n, dtype=config.params_dtype)) for n in sizes)
         if self.full:
-            for weight in (self.q_weight, self.k_weight):
+            for weight, true_width in zip((self.q_weight, self.k_weight), self.true_widths, strict=True):
                 set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=0, stride=1)
+                describe_split(weight, [Part(true_width, weight.numel() * tp_group.size())], tp_group)
 
     def forward(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """query [s, b, h, d], key [s, b, h_kv, d]: both normalised, shapes and dtypes kept."""
@@ -110,13 +116,12 @@ class QKNorm(nn.Module):
                 reduce_from_tensor_model_parallel_region(squares, group=self.tp_group), group=self.tp_group
             )
 
-        def scaled(x_fp32: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            width = weight.numel() * self.tp_group.size()
+        def scaled(x_fp32: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:
             inverse_rms = torch.rsqrt(squares / width + self.eps)[..., None, None]
             return x_fp32 * inverse_rms * weight.float().view(x_fp32.shape[-2:])
 
-        q_normed = scaled(q_fp32, squares[..., 0], self.q_weight).to(query.dtype)
-        k_normed = scaled(k_fp32, squares[..., 1], self.k_weight).to(key.dtype)
+        q_normed = scaled(q_fp32, squares[..., 0], self.q_weight, self.true_widths[0]).to(query.dtype)
+        k_normed = scaled(k_fp32, squares[..., 1], self.k_weight, self.true_widths[1]).to(key.dtype)
         return q_normed, k_normed
 
     def _over_each_head(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

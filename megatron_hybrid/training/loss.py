@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 
 LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, check_finite: bool = True) -> LossParts:
+def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, *, check_finite: bool) -> LossParts:
     """Megatron's three-part loss: sum over this rank's tokens, their number, and what to report.
 
     Megatron divides: by the tokens of all microbatches and data-parallel ranks under --calculate-per-token-loss
@@ -42,19 +43,29 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, check_finite: bool =
     return total, count, {"lm loss": report}
 
 
-def next_batch(batches: Iterator[Any] | None, device: torch.device) -> dict[str, torch.Tensor | None]:
-    """The next microbatch on `device`; all None in pipeline stages between first and last, which get no data."""
+def next_batch(
+    batches: Iterator[Any] | None, device: torch.device, cp_group: torch.distributed.ProcessGroup
+) -> dict[str, Any]:
+    """The next microbatch on `device`, this context-parallel rank's zigzag part of it.
+
+    All None in pipeline stages between first and last, which get no data.
+    """
     if batches is None:
         return dict.fromkeys(BATCH_KEYS)
     batch = next(batches)
-    return {key: batch[key].to(device, non_blocking=True) for key in BATCH_KEYS}
+    batch = {key: batch[key].to(device, non_blocking=True) for key in BATCH_KEYS}
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group) if cp_group.size() > 1 else batch
 
 
 def forward_step(
     batches: Iterator[Any] | None, model: torch.nn.Module, check_finite: bool = True
 ) -> tuple[torch.Tensor, Callable[..., LossParts]]:
-    """Megatron's forward step: model output, and the function that turns it into a loss on the last stage."""
+    """Megatron's forward step: model output, and the function that turns it into a loss on the last stage.
+
+    The loss stays a sum over this rank's tokens: Megatron's schedule and `finalize_model_grads` account for
+    context parallelism, and multiplying by its size here too would double the gradients, silently.
+    """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    batch = next_batch(batches, device)
+    batch = next_batch(batches, device, get_attr_wrapped_model(model, "pg_collection").cp)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(sum_loss, batch["loss_mask"], check_finite=check_finite)

@@ -31,9 +31,7 @@ def run_ranks(work: Callable[..., Any], ranks: int, *args: Any, timeout_s: float
     its traceback in the AssertionError.
     """
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
-        processes = [
-            _FORK.Process(target=_rank, args=(Path(folder), rank, ranks, work, args)) for rank in range(ranks)
-        ]
+        processes = [_FORK.Process(target=_rank, args=(Path(folder), rank, ranks, work, args)) for rank in range(ranks)]
         for process in processes:
             process.start()
         deadline = time.monotonic() + timeout_s
@@ -52,7 +50,7 @@ def run_ranks(work: Callable[..., Any], ranks: int, *args: Any, timeout_s: float
         errors = [path.read_text() for path in sorted(Path(folder).glob("error_*"))]
         codes = [process.exitcode for process in processes]
         assert codes == [0] * ranks, f"exit codes {codes}\n" + "\n".join(errors)
-        return [torch.load(Path(folder) / f"result_{rank}", weights_only=False) for rank in range(ranks)]  # noqa: S301
+        return [torch.load(Path(folder) / f"result_{rank}", weights_only=False) for rank in range(ranks)]
 
 
 def _rank(folder: Path, rank: int, ranks: int, work: Callable[..., Any], args: tuple[Any, ...]) -> None:

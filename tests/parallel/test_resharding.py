@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,19 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_hybrid.modules import fp32_parameters
 from tests.parallel import tiny
+from tests.parallel.compare import STAGES
 from tests.parallel.ranks import run_ranks
-from tests.parallel.test_gradients import STAGES
 from tests.parallel.tiny import Layout
 
 ONE = Layout(dp=2, distributed_optimizer=True)
 TP2 = Layout(tp=2, distributed_optimizer=True)
 TP2_SP = Layout(tp=2, sp=True, distributed_optimizer=True)
 PP2 = Layout(pp=2, pattern=STAGES, distributed_optimizer=True)
+
+BF16_TP2 = replace(TP2_SP, bf16=True)
+BF16_PP2 = replace(PP2, bf16=True)
 
 #: Loss after two Adam steps in another layout; Adam's first steps turn rounding of small gradients into sign flips.
 TOLERANCE = 2e-5
@@ -70,7 +76,24 @@ def _logits(trainer: tiny.Trainer) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def _continue_elsewhere(rank: int, first: Layout, second: Layout, folder: Path, broken: bool) -> dict[str, Any]:
+def _without_own_steps() -> None:
+    wrapped = DistributedOptimizer.load_state_dict
+    DistributedOptimizer.load_state_dict = wrapped.__closure__[0].cell_contents
+
+
+def _without_fp32_first() -> None:
+    fp32_parameters.support_in_optimizers()
+    wrapped = DistributedOptimizer._build_optimizer_group_ranges.__func__
+    DistributedOptimizer._build_optimizer_group_ranges = classmethod(wrapped.__closure__[0].cell_contents)
+
+
+def _as_it_is() -> None: ...
+
+
+def _continue_elsewhere(
+    rank: int, first: Layout, second: Layout, folder: Path, take_out: Callable[[], None]
+) -> dict[str, Any]:
+    take_out()
     chunks = tiny.build(first)
     trainer = tiny.Trainer(first, chunks)
     _train(trainer, 2)
@@ -81,8 +104,6 @@ def _continue_elsewhere(rank: int, first: Layout, second: Layout, folder: Path, 
     before = _logits(trainer)
     straight = _train(trainer, 2)
 
-    if broken:  # take out the remedy for the optimizer's shared step counter
-        DistributedOptimizer.load_state_dict = DistributedOptimizer.load_state_dict.__closure__[0].cell_contents
     trainer = tiny.Trainer(second, tiny.build(second))
     _train(trainer, 1)  # so that weights, moments and step counters differ from what is loaded
     loaded = dist_checkpointing.load(_state(trainer, loading=True), str(folder))
@@ -97,7 +118,7 @@ def _continue_elsewhere(rank: int, first: Layout, second: Layout, folder: Path, 
     ids=lambda layout: str(layout),
 )
 def test_continues_in_another_layout(first: Layout, second: Layout, tmp_path: Path) -> None:
-    results = run_ranks(_continue_elsewhere, 2, first, second, tmp_path / "checkpoint", False)
+    results = run_ranks(_continue_elsewhere, 2, first, second, tmp_path / "checkpoint", _as_it_is)
     result = results[0]
     differences = torch.tensor(result["straight"]) - torch.tensor(result["resumed"])
     assert differences.abs().max() <= TOLERANCE, (result["straight"], result["resumed"])
@@ -105,6 +126,35 @@ def test_continues_in_another_layout(first: Layout, second: Layout, tmp_path: Pa
 
 
 def test_without_own_step_counters_the_resumed_run_differs(tmp_path: Path) -> None:
-    result = run_ranks(_continue_elsewhere, 2, ONE, ONE, tmp_path / "checkpoint", True)[0]
+    result = run_ranks(_continue_elsewhere, 2, ONE, ONE, tmp_path / "checkpoint", _without_own_steps)[0]
     differences = torch.tensor(result["straight"]) - torch.tensor(result["resumed"])
     assert differences.abs().max() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("layout", [BF16_TP2, BF16_PP2], ids=str)
+def test_bf16_with_fp32_parameters_continues_exactly(layout: Layout, tmp_path: Path) -> None:
+    result = run_ranks(_continue_elsewhere, 2, layout, layout, tmp_path / "checkpoint", _as_it_is)[0]
+    assert result["straight"] == result["resumed"]
+    assert torch.equal(result["before"], result["after"])
+
+
+def test_bf16_continues_in_another_layout(tmp_path: Path) -> None:
+    result = run_ranks(_continue_elsewhere, 2, BF16_TP2, BF16_PP2, tmp_path / "checkpoint", _as_it_is)[0]
+    torch.testing.assert_close(result["straight"], result["resumed"], rtol=1e-2, atol=0)
+
+
+def test_bf16_without_the_remedy_pairs_the_wrong_states(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"exit codes"):
+        run_ranks(_continue_elsewhere, 2, BF16_PP2, BF16_PP2, tmp_path / "checkpoint", _without_fp32_first)
+
+
+def _save_plain(rank: int, folder: Path) -> None:
+    layout = Layout(bf16=True)
+    trainer = tiny.Trainer(layout, tiny.build(layout))
+    trainer.step()
+    _state(trainer, loading=False)
+
+
+def test_plain_bf16_optimizer_refuses_to_save(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"fp32 parameters \(A_log, dt_bias\): use --use-distributed-optimizer"):
+        run_ranks(_save_plain, 1, tmp_path)

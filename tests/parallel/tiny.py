@@ -27,21 +27,23 @@ from megatron.core.transformer.module import Float16Module
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
 from megatron_hybrid.model import build_model
-from megatron_hybrid.training.loss import forward_step
+from megatron_hybrid.parallel.head_padding import padded_config
+from megatron_hybrid.parallel.packed import pack
+from megatron_hybrid.training.loss import forward_step, sum_loss
 
 PATTERN = "GGG*GGG*"
 VOCAB, PADDED_VOCAB, SEQUENCE, MICROBATCH, MICROBATCHES = 187, 192, 72, 2, 4
-SIZES: dict[str, Any] = dict(
-    hidden_size=96,
-    num_attention_heads=6,
-    kv_channels=16,
-    ffn_hidden_size=132,
-    linear_num_key_heads=6,
-    linear_num_value_heads=6,
-    linear_key_head_dim=24,
-    linear_value_head_dim=48,
-    linear_conv_kernel_dim=4,
-)
+SIZES: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_attention_heads": 6,
+    "kv_channels": 16,
+    "ffn_hidden_size": 132,
+    "linear_num_key_heads": 6,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 48,
+    "linear_conv_kernel_dim": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Layout:
     sp: bool = False
     pp: int = 1
     dp: int = 1
+    cp: int = 1
+    packed: bool = False
     pattern: str = PATTERN
     distributed_optimizer: bool = False
     bf16: bool = False
@@ -59,7 +63,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     @property
     def vpp(self) -> int | None:
@@ -68,6 +72,7 @@ class Layout:
 
     def __str__(self) -> str:
         parts = [f"tp{self.tp}", "sp" * self.sp, f"pp{self.pp}", f"vpp{self.vpp}" * bool(self.vpp), f"dp{self.dp}"]
+        parts += [f"cp{self.cp}" * (self.cp > 1), "packed" * self.packed]
         return "-".join([p for p in parts if p] + ["distopt"] * self.distributed_optimizer + ["bf16"] * self.bf16)
 
 
@@ -95,6 +100,7 @@ def make_config(layout: Layout, **overrides: Any) -> TransformerConfig:
         sequence_parallel=layout.sp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
         bf16=layout.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -102,7 +108,7 @@ def make_config(layout: Layout, **overrides: Any) -> TransformerConfig:
     )
     if layout.vpp:
         settings.update(overlap_p2p_comm=True, batch_p2p_comm=False)
-    return TransformerConfig(**{**settings, **layout.overrides, **overrides})
+    return padded_config(lambda values: TransformerConfig(**values), {**settings, **layout.overrides, **overrides})
 
 
 def build(layout: Layout, options: HybridConfig | None = None, rope: bool = True) -> list[torch.nn.Module]:
@@ -112,6 +118,7 @@ def build(layout: Layout, options: HybridConfig | None = None, rope: bool = True
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     config = make_config(layout)
@@ -144,14 +151,17 @@ def unsettle(chunks: list[torch.nn.Module], seed: int = 7) -> None:
                     param.copy_(0.3 * noise)
                 elif "word_embeddings" in name:
                     param.copy_(noise)
-                elif name.endswith("A_log") or name.endswith("dt_bias"):
+                elif name.endswith(("A_log", "dt_bias")):
                     param.add_(0.5 * noise)
                 else:
                     param.copy_(0.06 * noise)
 
 
 def _sharded(chunks: list[torch.nn.Module]) -> dict[str, Any]:
-    return {f"model{i}": chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True}) for i, chunk in enumerate(chunks)}
+    return {
+        f"model{i}": chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+        for i, chunk in enumerate(chunks)
+    }
 
 
 def save_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
@@ -214,6 +224,23 @@ def sample(index: int) -> dict[str, torch.Tensor]:
     }
 
 
+#: Documents of a packed row of the same tokens, for CP 2, 3 and 4: parts of a few tokens, halos over several parts.
+PACKED_LENGTHS = (24, 48, 0, 24, 48)
+
+
+def packed_forward_step(batches: Iterator[Any] | None, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """The rows of a microbatch as one packed row of documents, this context-parallel rank's share of it."""
+    group = parallel_state.get_context_parallel_group()
+    documents = pack(PACKED_LENGTHS, group.size(), group.rank())
+    if batches is None:
+        mask, inputs, labels = None, (None, None), None
+    else:
+        rows = {key: value.reshape(1, -1)[:, documents.local_index()] for key, value in next(batches).items()}
+        mask, inputs, labels = rows["loss_mask"], (rows["tokens"], rows["position_ids"]), rows["labels"]
+    output = model(*inputs, None, labels=labels, packed_seq_params=documents)
+    return output, partial(sum_loss, mask, check_finite=False)
+
+
 def microbatches() -> Iterator[dict[str, torch.Tensor]]:
     """This data-parallel rank's share of the global batch."""
     count = MICROBATCHES // parallel_state.get_data_parallel_world_size()
@@ -231,7 +258,9 @@ class Trainer:
             use_distributed_optimizer=layout.distributed_optimizer, grad_reduce_in_fp32=True
         )
         wrapped = [Float16Module(self.config, chunk) for chunk in chunks] if layout.bf16 else chunks
-        self.model = [DistributedDataParallel(self.config, ddp, m, disable_bucketing=i > 0) for i, m in enumerate(wrapped)]
+        self.model = [
+            DistributedDataParallel(self.config, ddp, m, disable_bucketing=i > 0) for i, m in enumerate(wrapped)
+        ]
         self.config.finalize_model_grads_func = finalize_model_grads
         optimizer = OptimizerConfig(
             optimizer="adam",
@@ -250,17 +279,18 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         iterators = [microbatches() for _ in self.model]
+        step = packed_forward_step if self.layout.packed else partial(forward_step, check_finite=False)
         parts = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, check_finite=False),
+            forward_step_func=step,
             data_iterator=iterators if self.layout.vpp else iterators[0],
             model=self.model if self.layout.vpp else self.model[0],
             num_microbatches=MICROBATCHES // self.layout.dp,
-            seq_length=SEQUENCE,
-            micro_batch_size=MICROBATCH,
+            seq_length=SEQUENCE * (MICROBATCH if self.layout.packed else 1),
+            micro_batch_size=1 if self.layout.packed else MICROBATCH,
             forward_only=False,
         )
         total = sum((part["lm loss"].double() for part in parts), torch.zeros(2, dtype=torch.float64))
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         return total
 
     def gather_gradients(self) -> None:
@@ -275,7 +305,7 @@ class Trainer:
                     dist.all_gather([*shards], shards[group.rank()].clone(), group=group)
 
     def step(self) -> tuple[float, float]:
-        """One optimizer step: (mean loss over all tokens, gradient norm before clipping); loss −1 off the last stage."""
+        """One optimizer step: (mean loss over tokens, gradient norm before clipping); loss −1 off the last stage."""
         total = self.backward()
         _, norm, _ = self.optimizer.step()
         return float(total[0] / total[1]) if total[1] else -1.0, float(norm)

@@ -1,15 +1,25 @@
 """What the tools share: quick start-up without heavy imports, one-line errors, files that appear whole."""
 
+import fcntl
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
+
 from megatron_hybrid.tools.atomic_file import atomic_open
 from megatron_hybrid.tools.cli import ToolError, run_cli
 
-TOOLS = ["gather_corpus", "train_tokenizer", "preprocess", "plot_run"]
+TOOLS = [
+    *("gather_corpus", "train_tokenizer", "preprocess", "plot_run"),
+    *("inspect_data", "mix", "import_tokens", "bench_preprocess"),
+]
 HEAVY = {"torch", "megatron", "transformers", "tensorboard", "matplotlib", "sentencepiece", "zstandard"}
+HEAVY |= {"pyarrow", "fastokens", "tokenizers", "fsspec", "isal"}
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -53,6 +63,30 @@ def test_fault_of_the_program_keeps_its_traceback() -> None:
 
     with pytest.raises(KeyError):
         run_cli(main)
+
+
+@pytest.mark.parametrize("columns", [0, 100], ids="terminal-of-{}-columns".format)
+@pytest.mark.parametrize("show_rate", [True, False], ids=["rate", "no-rate"])
+def test_progress_is_drawn_on_a_terminal(columns: int, show_rate: bool) -> None:
+    script = (
+        "from megatron_hybrid.tools.cli import byte_progress_bar\n"
+        f"with byte_progress_bar('reading', 4000, show_rate={show_rate}) as bar:\n"
+        "    bar.update(4000)\n"
+        "    bar.set_postfix_str('5 tokens')\n"
+    )
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    subprocess.run([sys.executable, "-c", script], stderr=theirs, check=True)
+    os.close(theirs)
+    drawn = os.read(ours, 1 << 16).decode()
+    assert "reading 100%|" in drawn and "4.00k/4.00k" in drawn and ", 5 tokens]" in drawn
+    assert ("B/s" in drawn) == show_rate
+
+
+def test_progress_stays_out_of_a_log() -> None:
+    script = "from megatron_hybrid.tools.cli import byte_progress_bar\nbyte_progress_bar('reading', 4).update(4)\n"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert (run.stdout, run.stderr) == (b"", b"")
 
 
 def test_atomic_file_appears_only_when_its_block_ends(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+
 from megatron_hybrid.tools import gather_corpus as tool
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.jsonl_reader import parse_text, read_lines

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from megatron_hybrid.tools import indexed_dataset
 from megatron_hybrid.tools.indexed_dataset import (
     DatasetError,
@@ -90,16 +91,16 @@ def test_reader_gives_back_the_documents(tmp_path: Path) -> None:
 
 
 def test_commit_reports_sizes_and_hashes_of_the_files(tmp_path: Path) -> None:
-    import hashlib
+    import xxhash
 
     with IndexedDatasetWriter(tmp_path / "data", 1000) as writer:
         writer.add_document([1, 2, 3])
         written = writer.commit()
     for path, size, digest in (
-        (tmp_path / "data.bin", written.bin_bytes, written.bin_sha256),
-        (tmp_path / "data.idx", written.idx_bytes, written.idx_sha256),
+        (tmp_path / "data.bin", written.bin_bytes, written.bin_xxh3),
+        (tmp_path / "data.idx", written.idx_bytes, written.idx_xxh3),
     ):
-        assert (size, digest) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        assert (size, digest) == (path.stat().st_size, xxhash.xxh3_128(path.read_bytes()).hexdigest())
     assert (written.documents, written.tokens, written.dtype) == (1, 3, "uint16")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.jsonl_reader import REASONS, RejectedLine, parse_text, read_lines
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.plot_run import Series, draw, find_event_files, read_series
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+
 from megatron_hybrid.tools import train_tokenizer as tool
 from megatron_hybrid.tools.cli import ToolError
 

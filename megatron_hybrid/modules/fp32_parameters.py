@@ -1,0 +1,76 @@
+"""Parameters that stay in fp32 while Megatron casts the model to bf16, and Megatron's optimizers made right for them.
+
+Megatron-Core has no such parameters itself, and two of its optimizers pair them with the wrong state:
+
+- `DistributedOptimizer` remembers each parameter's place in its group, then builds the groups anew with the fp32
+  parameters first. From then on master weights and moments of other parameters are saved and loaded in their stead:
+  an error where shapes differ, silence where they do not.
+- `Float16OptimizerWithFloat16Params` numbers only the bf16 parameters when it saves.
+
+`support_in_optimizers` mends the first and refuses the second. Layers with fp32 parameters call it when they are
+built in a 16-bit model, so that no training script can forget it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+
+def keeping_fp32(
+    fn: Callable[[torch.Tensor], torch.Tensor], params: Iterable[torch.nn.Parameter]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`fn` of `Module._apply`, except that it may move but not cast `params`."""
+    kept = {id(param) for param in params}
+
+    def apply(tensor: torch.Tensor) -> torch.Tensor:
+        result = fn(tensor)
+        return tensor.to(result.device) if id(tensor) in kept and result.dtype != tensor.dtype else result
+
+    return apply
+
+
+_supported = False
+
+
+def support_in_optimizers() -> None:
+    """Mend or refuse Megatron's optimizers for models with fp32 parameters (see above). Safe to call again."""
+    global _supported
+    if _supported:
+        return
+    _supported = True
+    DistributedOptimizer._build_optimizer_group_ranges = classmethod(
+        _fp32_first(DistributedOptimizer._build_optimizer_group_ranges.__func__)
+    )
+    Float16OptimizerWithFloat16Params.sharded_state_dict = _refused_with_fp32(
+        Float16OptimizerWithFloat16Params.sharded_state_dict
+    )
+
+
+def _fp32_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Order each group as `_build_model_and_main_param_groups` will: fp32 parameters first, then the 16-bit ones."""
+
+    def build(cls: type, param_groups: list[dict], gbuf_ranges: list[dict]) -> tuple[dict, list[dict]]:
+        place, groups = original(cls, param_groups, gbuf_ranges)
+        for index, group in enumerate(groups):
+            group["params"].sort(key=lambda param: param.dtype != torch.float32)  # stable
+            place.update({param: (index, order) for order, param in enumerate(group["params"])})
+        return place, groups
+
+    return build
+
+
+def _refused_with_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
+    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(self.fp32_from_fp32_groups):
+            raise RuntimeError(
+                "Megatron's plain bf16 optimizer cannot save a model with fp32 parameters (A_log, dt_bias): "
+                "use --use-distributed-optimizer, or --no-save-optim"
+            )
+        return original(self, *args, **kwargs)
+
+    return sharded_state_dict

@@ -1,0 +1,1 @@
+"""How one model and one batch are split over ranks."""

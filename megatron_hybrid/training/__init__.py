@@ -1,0 +1,1 @@
+"""Forward step, loss and what the training loop needs beside Megatron."""

@@ -1,0 +1,170 @@
+"""State passing by itself, in fp64: any cut of any documents gives the outputs and gradients of the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_hybrid.kernels import reference
+from megatron_hybrid.parallel import state_passing
+from megatron_hybrid.parallel.routes import Layout, Routes, build_routes, segments_of
+from megatron_hybrid.parallel.state_passing import Exchange, choose_exchange
+from tests.parallel.ranks import run_ranks
+
+HK, H, K, V = 3, 6, 5, 7  # grouped value heads, K ≠ V, nothing a power of two
+
+#: Documents cut at any token: longer than a rank, of length 1, 2, 3, empty, ending on a border, inside a halo.
+CONTIGUOUS = {
+    "one": (120,),
+    "long_and_short": (50, 1, 2, 3, 0, 4, 59, 1),
+    "ends_on_borders": (30, 30, 0, 60),
+    "one_token_after_a_border": (31, 1, 1, 87),
+    "one_token_before_a_border": (29, 1, 1, 89),
+    "all_of_one_token": (1,) * 12,
+    "fewer_tokens_on_a_rank_than_a_halo": (8,),
+}
+ZIGZAG = {
+    "one": (96,),
+    "parts_of_one_token": (8, 8, 0, 16),
+    "unequal": (64, 8, 0, 24, 200),
+    "empty_last": (16, 0),
+}
+
+
+def _inputs(tokens: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return {
+        "x": normal(tokens, 2 * HK * K + H * V),
+        "a": normal(tokens, H),
+        "b": normal(tokens, H),
+        "conv": 0.5 * normal(2 * HK * K + H * V, 4),
+        "A_log": normal(H),
+        "dt_bias": normal(H),
+        "dy": normal(tokens, H * V),
+    }
+
+
+def _mix(t: dict[str, torch.Tensor], bounds: torch.Tensor, routes: Routes | None, exchange: Exchange) -> torch.Tensor:
+    group = dist.group.WORLD
+    assert group is not None
+    halo = state_passing.conv_halo(t["x"], routes, group) if routes else None
+    qkv = reference.causal_conv_silu(t["x"][None], t["conv"], cu_seqlens=bounds, initial_state=halo)
+    q, k, v = qkv.split((HK * K, HK * K, H * V), dim=-1)
+    q, k, v = (x.unflatten(-1, (-1, n)) for x, n in ((q, K), (k, K), (v, V)))
+    q, k = reference.l2norm(q), reference.l2norm(k)
+    gates = reference.gates(t["a"][None], t["b"][None], t["A_log"], t["dt_bias"])
+    if routes is None:
+        return reference.gated_delta_rule_chunked(q, k, v, *gates, cu_seqlens=bounds)[0].flatten(2)[0]
+    return state_passing.gated_delta_rule(q, k, v, *gates, routes, group, exchange).flatten(2)[0]
+
+
+def _gradients(t: dict[str, torch.Tensor], y: torch.Tensor) -> dict[str, torch.Tensor]:
+    names = [name for name in t if name != "dy"]
+    return dict(zip(names, torch.autograd.grad(y, [t[name] for name in names], t["dy"]), strict=True))
+
+
+def _worst(rank: int, lengths: tuple[int, ...], world: int, layout: Layout, exchange: Exchange) -> dict[str, float]:
+    """Largest difference between this rank's tokens in the whole and alone, of outputs and every gradient."""
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    whole = {name: x.requires_grad_(name != "dy") for name, x in _inputs(sum(lengths)).items()}
+    y_whole = _mix(whole, bounds, None, exchange)
+    expected = _gradients(whole, y_whole)
+
+    routes = build_routes(lengths, world, rank, layout)
+    mine = bounds[routes.documents[rank]] + routes.positions[rank]
+    per_token = ("x", "a", "b", "dy")
+    local = {
+        name: (x.detach()[mine] if name in per_token else x.detach()).clone().requires_grad_(name != "dy")
+        for name, x in whole.items()
+    }
+    y = _mix(local, routes.cu_segments, routes, exchange)
+    found = _gradients(local, y)
+    for name in ("conv", "A_log", "dt_bias"):  # weights: each rank's part of a sum
+        dist.all_reduce(found[name])
+    worst = {
+        name: (found[name] - (g[mine] if name in per_token else g)).abs().max().item() for name, g in expected.items()
+    }
+    return {"y": (y - y_whole[mine]).abs().max().item(), **worst}
+
+
+CASES = [
+    *(("contiguous", name, lengths) for name, lengths in CONTIGUOUS.items()),
+    *(("zigzag", name, lengths) for name, lengths in ZIGZAG.items()),
+]
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "scan"])
+@pytest.mark.parametrize(
+    ("layout", "name", "lengths"), CASES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_any_cut_gives_the_whole(layout: Any, name: str, lengths: tuple[int, ...], exchange: Any) -> None:
+    for worst in run_ranks(_worst, 4, lengths, 4, layout, exchange):
+        assert max(worst.values()) < 1e-11, worst
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_any_number_of_ranks(world: int) -> None:
+    for exchange in ("all_gather", "scan"):
+        for layout, lengths in (("contiguous", (7 * world, 1, 2, 3 * world - 3)), ("zigzag", (10 * world, 2 * world))):
+            for worst in run_ranks(_worst, world, lengths, world, layout, exchange):
+                assert max(worst.values()) < 1e-11, worst
+
+
+def _forget_the_halo(rank: int, lengths: tuple[int, ...], layout: Layout) -> dict[str, float]:
+    right = state_passing.conv_halo
+    state_passing.conv_halo = lambda *args: torch.zeros_like(right(*args))
+    return _worst(rank, lengths, 4, layout, "all_gather")
+
+
+def _carry_over_documents(rank: int, lengths: tuple[int, ...], layout: Layout) -> dict[str, float]:
+    build = state_passing.incoming_states
+
+    def leaking(M: torch.Tensor, S: torch.Tensor, routes: Routes, *rest: Any) -> torch.Tensor:
+        object.__setattr__(routes, "carries", torch.ones_like(routes.carries))
+        return build(M, S, routes, *rest)
+
+    state_passing.incoming_states = leaking
+    return _worst(rank, lengths, 4, layout, "all_gather")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_without_the_halo_it_differs(layout: Any) -> None:
+    found = run_ranks(_forget_the_halo, 4, (96,), layout)
+    assert max(worst["y"] for worst in found) > 1e-3
+
+
+def test_a_state_carried_over_a_document_border_shows() -> None:
+    found = run_ranks(_carry_over_documents, 4, (50, 40, 30), "contiguous")
+    assert max(worst["y"] for worst in found) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("lengths", "layout", "said"),
+    [
+        (
+            (64, 20),
+            "zigzag",
+            "document 1 of 20 tokens: .*-size 4 needs a multiple of 8; pad it to 24",
+        ),
+        ((10, 20), "contiguous", "30 tokens: --context-parallel-size 4 must divide them; pad to 32"),
+    ],
+)
+def test_what_a_layout_cannot_hold_is_refused(lengths: tuple[int, ...], layout: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        segments_of(lengths, 4, 0, layout)
+
+
+def test_exchange_is_chosen_by_the_documented_formula() -> None:
+    """Little data: one round. Much data: fewer bytes."""
+    routes = build_routes((160,), 8, 0)
+    assert choose_exchange(routes, pair_bytes=1_000) == "all_gather"
+    assert choose_exchange(routes, pair_bytes=100_000_000) == "scan"
+    # The 7B, one document on 8 ranks: 30·96·(96+192)·4 bytes.
+    assert choose_exchange(routes, pair_bytes=30 * 96 * 288 * 4) == "scan"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs what is needed, then lint, types and all tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/environment.sh
+prepare_environment dev data
+
+export OMP_NUM_THREADS=1 # ranks share two cores; more threads only make them wait for each other
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+bash tests/types.sh
+"$PYTHON" -m pytest "$@"

@@ -1,0 +1,126 @@
+"""Flags that cannot work are refused in one line that names flag, value and the nearest legal one."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hybrid import pretrain
+from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.flags import FlagError, check, compose
+from megatron_hybrid.presets import PRESETS
+
+REFUSED = [
+    (["--tensor-model-parallel-size", "32"], ["--tensor-model-parallel-size 32", "30", "nearest legal: 30", "1 to 30"]),
+    (["--tensor-model-parallel-size", "0"], ["--tensor-model-parallel-size 0", "nearest legal: 1"]),
+    (["--num-layers", "31"], ["--num-layers 31", "has 32 layers", "--num-layers 32"]),
+    (["--hybrid-layer-pattern", "GGG-"], ["--hybrid-layer-pattern GGG-", "'-'", "legal: G, *, |"]),
+    (["--hybrid-layer-pattern", "GGG*" * 7], ["--num-layers 32", "has 28 layers"]),
+    (["--pipeline-model-parallel-size", "5"], ["--pipeline-model-parallel-size 5", "nearest legal: 4"]),
+    (["--context-parallel-size", "3"], ["--context-parallel-size 3", "--seq-length 8192", "8190", "1, 2, 4, 8, 16"]),
+    (["--seq-length", "8193", "--context-parallel-size", "4"], ["--seq-length 8193", "nearest legal length: 8192"]),
+    (["--data-path", "nowhere/data"], ["--data-path nowhere/data", "nowhere/data.idx"]),
+    (["--without-distopt", "--save", "x"], ["--bf16", "--use-distributed-optimizer", "--no-save-optim"]),
+    (["--lr-warmup-iters", "20", "--train-iters", "20"], ["--lr-warmup-iters 20", "--train-iters 20", "19"]),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), REFUSED, ids=lambda value: "_".join(value)[:60])
+def test_refused_in_one_line(given: list[str], said: list[str]) -> None:
+    with pytest.raises(FlagError) as caught:
+        without = ["use-distributed-optimizer"] if "--without-distopt" in given else []
+        check(compose("olmo-hybrid-7b", given, without))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_the_7b_preset_passes(tp: int) -> None:
+    sizes = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", "8"]
+    check(compose("olmo-hybrid-7b", sizes))
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(FlagError, match=r"--preset olmo-hybrid-8b: unknown; nearest: olmo-hybrid-7b; all: .*olmo3-7b"):
+        compose("olmo-hybrid-8b", [])
+
+
+def test_command_line_replaces_the_preset() -> None:
+    flags = compose("olmo-hybrid-7b", ["--lr", "1e-4", "--train-samples=1000"], without=["bf16"])
+    assert flags.count("--lr") == 1 and flags[flags.index("--lr") + 1] == "1e-4"
+    assert "--train-iters" not in flags and "--train-samples=1000" in flags
+    assert "--bf16" not in flags
+
+
+def test_without_a_flag_that_the_preset_does_not_set() -> None:
+    with pytest.raises(FlagError, match="--without fp16: preset olmo-hybrid-7b does not set it"):
+        compose("olmo-hybrid-7b", [], without=["fp16"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--preset", "olmo-hybrid-7b", "--tensor-model-parallel-size", "32"], "nearest legal: 30"),
+        (["--preset", "nothing"], "--preset nothing: unknown"),
+    ],
+)
+def test_the_command_says_one_line_and_exits_2(arguments: list[str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_hybrid.pretrain", *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
+
+
+def test_other_python_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 11, 7))
+    with pytest.raises(SystemExit) as stop:
+        pretrain.prepare(["--preset", "olmo-hybrid-tiny"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: python 3.11.7: megatron-core 0.19.2 needs 3.12")
+
+
+@pytest.mark.parametrize("flag", ["init_model_with_meta_device", "fp8_param_gather", "fp4_param_gather"])
+def test_padding_that_could_not_be_zeroed_is_refused(flag: str) -> None:
+    sizes = {"num_attention_heads": 30, "hidden_size": 3840, "ffn_hidden_size": 11008}
+    args = argparse.Namespace(**sizes, hybrid_layer_pattern="*", padded_vocab_size=100352, rank=0, **{flag: True})
+    args.tensor_model_parallel_size = 2
+    pretrain._say_what_is_padded(args)
+    args.tensor_model_parallel_size = 4
+    with pytest.raises(FlagError, match=f"{flag.replace('_', '-')}: not supported .*heads 30 to 32"):
+        pretrain._say_what_is_padded(args)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_print_args_is_the_preset(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        pretrain.prepare(["--preset", preset, "--print-args", "--lr", "0.5"])
+    assert stop.value.code == 0
+    printed = [line.split()[0].removeprefix("--") for line in capsys.readouterr().out.splitlines()]
+    assert set(printed) == set(PRESETS[preset])
+
+
+def test_flags_of_the_plugin_are_frozen() -> None:
+    """A new flag changes this list, on purpose."""
+    assert set(HybridConfig.__dataclass_fields__) == {
+        "norm_placement",
+        "qk_norm_width",
+        "gdn_allow_neg_eigval",
+        "gdn_output_gate",
+        "gdn_cp_comm_type",
+        "gdn_norm_epsilon",
+        "pipeline_layout",
+    }
+
+
+def test_missing_index_of_a_present_bin(tmp_path: Path) -> None:
+    (tmp_path / "data.bin").write_bytes(b"\0" * 8)
+    with pytest.raises(FlagError, match=r"--data-path .*data\.idx"):
+        check(compose("olmo-hybrid-7b", ["--data-path", str(tmp_path / "data")]))

@@ -1,0 +1,168 @@
+"""Opens input files, local or remote, and reads them as chunks of decompressed bytes of bounded size.
+
+A compressed file that ends early never passes for a short one, and no compressed byte inflates to more than
+CHUNK_BYTES at a time, so a hostile file can neither lose lines silently nor fill the memory.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from megatron_hybrid.tools.cli import ToolError
+
+GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_SKIPPABLE = {bytes([0x50 + low, 0x2A, 0x4D, 0x18]) for low in range(16)}  # seekable and pzstd files
+PARQUET_MAGIC = b"PAR1"
+ZSTD_MAX_WINDOW_LOG = 31  # files made with `zstd --long=31`
+READ_BYTES = 256 << 10  # stored bytes read at a time
+CHUNK_BYTES = 1 << 20  # decompressed bytes handed out at a time, at most
+REMOTE_BLOCK_BYTES = 8 << 20  # one request to object storage
+
+
+class InputFault(ToolError):
+    """A file that cannot be read to its end. How many lines it has is unknown, so no policy can skip it."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is a URL for fsspec (s3://bucket/key) rather than a file of this machine."""
+    return "://" in path
+
+
+def remote_filesystem(path: str) -> tuple[Any, str]:
+    """(fsspec filesystem, path inside it) of a URL; raises ToolError if its driver is not installed."""
+    import fsspec  # type: ignore[import-untyped]
+
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise ToolError(
+            f"--input {path}: {error}; install the driver (s3:// needs s3fs, in the extra megatron-hybrid[data])"
+        ) from error
+
+
+def open_input(path: str) -> BinaryIO:
+    """Opens a local file or a URL for reading; raises InputFault, naming it, if that fails."""
+    try:
+        if not is_remote(path):
+            return open(path, "rb", buffering=0)
+        filesystem, inner = remote_filesystem(path)
+        return cast(BinaryIO, filesystem.open(inner, "rb", block_size=REMOTE_BLOCK_BYTES, cache_type="readahead"))
+    except (OSError, ValueError) as error:
+        raise InputFault(f"{path}: cannot be opened ({error}); restore the file and run again") from error
+
+
+def compression_of(path: str, magic: bytes) -> str:
+    """'plain', 'gz' or 'zst', from the first bytes of the file; raises InputFault if its suffix says otherwise."""
+    found = "plain"
+    if magic.startswith(GZIP_MAGIC):
+        found = "gz"
+    elif magic[:4] == ZSTD_MAGIC or magic[:4] in ZSTD_SKIPPABLE:
+        found = "zst"
+    suffix = Path(path).suffix.removeprefix(".")
+    if suffix in ("gz", "zst") and suffix != found:
+        what = "is empty" if not magic else f"starts with {magic[:4]!r}"
+        raise InputFault(f"{path}: named .{suffix}, but the file {what}; fetch it again or rename it")
+    return found
+
+
+def _gzip_decoder() -> Any:
+    from isal import igzip_lib
+
+    return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+
+
+def _zstd_decoder() -> Any:
+    from backports import zstd
+
+    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: ZSTD_MAX_WINDOW_LOG})
+
+
+def decompression_errors() -> tuple[type[Exception], ...]:
+    """What the decoders raise for damaged input."""
+    from backports import zstd
+    from isal import igzip_lib
+
+    return (EOFError, zstd.ZstdError, cast(type[Exception], igzip_lib.IsalError))
+
+
+def _decoded(source: BinaryIO, make_decoder: Callable[[], Any], on_bytes: Callable[[int], object]) -> Iterator[bytes]:
+    """Decompressed chunks of all frames (members) of `source`; EOFError if it ends inside one."""
+    decoder: Any = None
+    pending = b""
+    while True:
+        if not pending and (decoder is None or decoder.needs_input):
+            pending = source.read(READ_BYTES)
+            on_bytes(len(pending))
+            if not pending:
+                if decoder is not None:
+                    raise EOFError("the file ends inside a compressed frame")
+                return
+        if decoder is None:
+            if make_decoder is _gzip_decoder:  # tapes and some tools pad members with zeros
+                pending = pending.lstrip(b"\0")
+                if not pending:
+                    continue
+            decoder = make_decoder()
+        chunk = decoder.decompress(pending, CHUNK_BYTES)
+        pending = b""
+        if chunk:
+            yield chunk
+        if decoder.eof:
+            pending, decoder = decoder.unused_data, None
+
+
+def _plain(source: BinaryIO, on_bytes: Callable[[int], object]) -> Iterator[bytes]:
+    while chunk := source.read(CHUNK_BYTES):
+        on_bytes(len(chunk))
+        yield chunk
+
+
+def read_chunks(
+    path: str, source: BinaryIO, start: int = 0, on_bytes: Callable[[int], object] = lambda count: None
+) -> Iterator[bytes]:
+    """Chunks of at most CHUNK_BYTES decompressed bytes; `start` is a byte offset, of plain files alone.
+
+    `on_bytes` is called with the number of stored bytes read since its last call. Raises InputFault
+    for content that belies the suffix, and one of `decompression_errors()` for a damaged stream.
+    """
+    if start:
+        source.seek(start)
+        yield from _plain(source, on_bytes)
+        return
+    magic = source.read(4)
+    source.seek(0)
+    kind = compression_of(path, magic)
+    if kind == "plain":
+        yield from _plain(source, on_bytes)
+    else:
+        yield from _decoded(source, _gzip_decoder if kind == "gz" else _zstd_decoder, on_bytes)
+
+
+def damaged(path: str, where: str, error: Exception) -> InputFault:
+    """The error for a compressed stream that broke off after `where` (the last whole line)."""
+    return InputFault(
+        f"{path}: truncated or corrupt after {where} ({error}); the lines lost cannot be counted, so --on-error "
+        "skip does not apply: fetch the file again (or --salvage-truncated keeps the whole lines before the damage)"
+    )
+
+
+def stored_size(path: str) -> tuple[int, str]:
+    """(bytes, a stamp that changes with the content: modification time or ETag) of a local file or URL."""
+    if not is_remote(path):
+        status = Path(path).stat()
+        return status.st_size, str(status.st_mtime_ns)
+    filesystem, inner = remote_filesystem(path)
+    info = filesystem.info(inner)
+    return int(info["size"]), str(info.get("ETag") or info.get("LastModified") or info.get("mtime") or "")
+
+
+def read_at(path: str, offset: int, size: int) -> bytes:
+    """`size` stored bytes of a file from `offset` on; fewer at its end."""
+    with open_input(path) as source:
+        source.seek(offset)
+        parts = []
+        while size > 0 and (part := source.read(min(size, CHUNK_BYTES))):
+            parts.append(part)
+            size -= len(part)
+    return b"".join(parts)
