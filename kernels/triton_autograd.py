@@ -72,7 +72,8 @@ class MixerCore(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q, _, v, z = split_projection(qkvz, heads)
         problem = make_problem(q, v, options, cu_seqlens)
-        gates, conv = Gates(*ab.chunk(2, dim=-1), A_log, dt_bias), Conv(conv_weight, halo)
+        a, b = ab.chunk(2, dim=-1)
+        gates, conv = Gates(a, b, A_log, dt_bias), Conv(conv_weight, halo)
         x = qkvz[..., : conv_weight.shape[0]]
         made, solved = launch.prepare(problem, (x, x, x), gates, conv)
         states = launch.scan(problem, made, solved, initial=initial, want_final=want_final)
@@ -89,7 +90,8 @@ class MixerCore(torch.autograd.Function):
         problem: Problem = ctx.problem
         z = split_projection(qkvz, ctx.heads)[3]
         x = qkvz[..., : conv_weight.shape[0]]
-        gates, solved, conv = Gates(*ab.chunk(2, dim=-1), A_log, dt_bias), Solved(G, beta, Tb), Conv(conv_weight, halo)
+        a, b = ab.chunk(2, dim=-1)
+        gates, solved, conv = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb), Conv(conv_weight, halo)
         made, _ = launch.prepare(problem, (x, x, x), gates, conv, solved)
         states = launch.scan(problem, made, solved, initial=initial, kept=kept)
         dqkvz = torch.empty(qkvz.shape, dtype=qkvz.dtype, device=qkvz.device)

@@ -1,4 +1,6 @@
-"""Gradients of the gated delta rule in solve-adjoint form. Letters as in triton_tiles.py, formulas in triton_prepare.py.
+"""Gradients of the gated delta rule in solve-adjoint form.
+
+Letters as in triton_tiles.py, formulas in triton_prepare.py.
 
 With dS the gradient of the state leaving a chunk, gam = exp(G) and dec = exp(G_C - G):
 
@@ -110,7 +112,8 @@ def adjoint_scan_kernel(
 ):  # fmt: skip
     """Backward through a document, last chunk first; BV columns of V per program, everything transposed.
 
-    scaled_q [B * T, H, K] is scale exp(G) q. Writes ds [NC, H, V, K], the gradient of the state leaving each chunk, and dr [B * T, H, V], the gradient of v.
+    scaled_q [B * T, H, K] is scale exp(G) q. Writes ds [NC, H, V, K], the gradient of the state leaving each chunk,
+    and dr [B * T, H, V], the gradient of v.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV

@@ -33,7 +33,8 @@ def conv_backward_kernel(
     """BD channels of one chunk, token after token: every value is loaded once and its SiLU taken once.
 
     Channels are q (DQ), k (DQ), v (DV), as in x_in [B, T, 2 DQ + DV] and weight [2 DQ + DV, 4]; their gradients come
-    in three tensors [B * T, DQ or DV]. dhalo_out [N, D, 3] fp32 is the gradient of halo. dw_out [NC, 2 DQ + DV, 4] fp32 is summed afterwards, in a fixed order.
+    in three tensors [B * T, DQ or DV]. dhalo_out [N, D, 3] fp32 is the gradient of halo. dw_out [NC, 2 DQ + DV, 4] fp32
+    is summed afterwards, in a fixed order.
     """
     BLOCKS_Q: tl.constexpr = (DQ + BD - 1) // BD
     BLOCKS_V: tl.constexpr = (DV + BD - 1) // BD

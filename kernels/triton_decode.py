@@ -11,7 +11,7 @@ from megatron_hybrid.kernels.triton_tiles import exp_fp32, sigmoid_fp32, softplu
 
 @triton.jit
 def convolved(x, window, weight, channel, BD: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
-    """silu(conv) of D channels from `channel`, for the current inputs x and the W - 1 before them in window [D, W-1]."""
+    """silu(conv) of D channels from `channel`, for the current inputs x and the W - 1 before in window [D, W-1]."""
     c = tl.arange(0, BD)
     inside = c < D
     c += channel

@@ -132,7 +132,7 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def convolve(problem: Problem, x: Tensor, conv: Conv) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, k [B, T, Hk, K] normalised, v [B, T, H, V] and both 1 / norms [NC, Hk, C], from x [B, T, D] before its conv."""
+    """q, k [B, T, Hk, K] normalised, v [B, T, H, V], both 1 / norms [NC, Hk, C]; from x [B, T, D] before its conv."""
     B, T, Hk, H, K, V, options, layout, _ = problem
     launch = launch_for("conv", K, V)
     q, k, v = x.new_empty(B, T, Hk, K), x.new_empty(B, T, Hk, K), x.new_empty(B, T, H, V)
@@ -156,11 +156,10 @@ def prepare(
     """
     B, T, Hk, H, K, V, options, layout, _ = problem
     NC, is_again = layout.num_chunks, solved is not None
-    fp32 = {"dtype": torch.float32, "device": inputs[0].device}
     if conv is None:
         q, k, v = inputs
         normalise = options.qk_l2norm
-        rstd_q, rstd_k = torch.empty(2, NC, Hk, CHUNK, **fp32)
+        rstd_q, rstd_k = q.new_empty(2, NC, Hk, CHUNK, dtype=torch.float32)
     else:
         q, k, v, rstd_q, rstd_k = convolve(problem, inputs[0], conv)
         normalise = False
@@ -175,14 +174,18 @@ def prepare(
         rstd_k,
         q.new_empty(NC, H, CHUNK, CHUNK),
     )
-    common = problem.tables | strides(k=k, a=gates.a, b=gates.b) | problem.sizes
-    common |= {"T": T, "eps": options.l2norm_eps, "L2NORM": normalise, "BETA_MAX": options.beta_max}
+    common: dict[str, object] = {
+        **problem.tables, **strides(k=k, a=gates.a, b=gates.b), **problem.sizes,
+        "T": T, "eps": options.l2norm_eps, "L2NORM": normalise, "BETA_MAX": options.beta_max,
+    }  # fmt: skip
     diagonal = q
     if solved is None:
         solved = Solved(
-            torch.empty(NC, H, CHUNK, **fp32), torch.empty(NC, H, CHUNK, **fp32), q.new_empty(NC, H, CHUNK, CHUNK)
+            q.new_empty(NC, H, CHUNK, dtype=torch.float32),
+            q.new_empty(NC, H, CHUNK, dtype=torch.float32),
+            q.new_empty(NC, H, CHUNK, CHUNK),
         )
-        diagonal = torch.empty(NC, H, 2, 32, 32, **fp32)
+        diagonal = q.new_empty(NC, H, 2, 32, 32, dtype=torch.float32)
         launch = launch_for("diagonal", K, V)
         without_v = {name: size for name, size in common.items() if name != "V"}
         diagonal_kernel[(NC * H * 2,)](k, *gates, diagonal, **without_v, PRECISION=DIAGONAL_PRECISION, **launch.options)
@@ -215,8 +218,8 @@ def scan(
     programs = where.num_chunks if is_again else layout.N
     launch = launch_for("scan", K, V)
     scan_kernel[(programs * H * triton.cdiv(V, launch.block),)](
-        made.k, made.v, solved.Tb, solved.G, solved.beta, h if initial is None else initial, h, u, h if kept is None else kept,
-        h if final is None else final,
+        made.k, made.v, solved.Tb, solved.G, solved.beta, h if initial is None else initial, h, u,
+        h if kept is None else kept, h if final is None else final,
         layout.bounds, layout.chunk_start, where.chunk_doc, where.chunk_start, T, **strides(v=made.v),
         **problem.sizes, BV=launch.block, SEGMENT=every if is_again else 0, EVERY=every if every > 1 else 0,
         INITIAL=initial is not None, FINAL=want_final, **launch.options,
@@ -305,9 +308,9 @@ def gradients(
     gradients_kernel[(layout.num_chunks * H,)](
         made.q, made.k, made.P, solved.G, solved.beta, states.u, states.h, adjoint.ds, do, adjoint.dr,
         gates.a, gates.A_log, gates.dt_bias, made.rstd_q, made.rstd_k, dq, dk, da, db, *partial,
-        **problem.tables, T=T, num_chunks=layout.num_chunks, scale=options.scale, **strides(do=do, a=gates.a, da=da, db=db), **problem.sizes,
-        BV=launch.block, L2NORM=options.qk_l2norm, BETA_MAX=options.beta_max,
-        **launch.options,
+        **problem.tables, T=T, num_chunks=layout.num_chunks, scale=options.scale,
+        **strides(do=do, a=gates.a, da=da, db=db), **problem.sizes, BV=launch.block, L2NORM=options.qk_l2norm,
+        BETA_MAX=options.beta_max, **launch.options,
     )  # fmt: skip
     if Hk != H:
         dq, dk = (x.unflatten(2, (Hk, H // Hk)).sum(3, dtype=torch.float32).to(x.dtype) for x in (dq, dk))

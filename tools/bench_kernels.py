@@ -180,9 +180,10 @@ def measure(case: Case, with_fla: bool, every: int, repeats: int, rates: tuple[f
                 lines.append(
                     {
                         "what": f"{part} {kind}", "who": name, "B": case.B, "T": case.T,
-                        "packed": case.cu_seqlens is not None, "ms": median, "kernels_ms": kernels, "ms_min": times[0], "ms_max": times[-1],
-                        "needed_bytes": needed_bytes, "flops": flops,
-                        "of_copy": needed_bytes / rates[0] / (kernels / 1e3), "of_matmul": flops / rates[1] / (kernels / 1e3),
+                        "packed": case.cu_seqlens is not None, "ms": median, "kernels_ms": kernels,
+                        "ms_min": times[0], "ms_max": times[-1], "needed_bytes": needed_bytes, "flops": flops,
+                        "of_copy": needed_bytes / rates[0] / (kernels / 1e3),
+                        "of_matmul": flops / rates[1] / (kernels / 1e3),
                         "peak_bytes": peak_bytes(runs[name]),
                     }
                 )  # fmt: skip
@@ -221,8 +222,9 @@ def main() -> None:
         for line in measure(case, with_fla, args.states_every, args.repeats, rates):
             print(
                 f"{shape:>13} {line['what']:<24} {line['who']:<14} {line['ms']:8.3f} ms "
-                f"({line['ms_min']:.3f} to {line['ms_max']:.3f})  kernels {line['kernels_ms']:7.3f} ms  copy {line['of_copy']:4.0%} matmul {line['of_matmul']:4.0%}"
-                f"  peak {line['peak_bytes'] / 2**30:.2f} GiB",
+                f"({line['ms_min']:.3f} to {line['ms_max']:.3f})  kernels {line['kernels_ms']:7.3f} ms  "
+                f"copy {line['of_copy']:4.0%} matmul {line['of_matmul']:4.0%}  "
+                f"peak {line['peak_bytes'] / 2**30:.2f} GiB",
                 flush=True,
             )
             lines.append(line)

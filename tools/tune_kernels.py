@@ -65,7 +65,8 @@ def report(H: int, K: int, V: int, targets: list[int]) -> None:
         mixer(H, K, V, 128, "cpu")()
     print(f"triton {triton.__version__}, K = {K}, V = {V}")
     print(
-        f"{'kernel':<14} {'target':>7} {'warps':>5} {'stages':>6} {'regs':>5} {'stack':>6} {'shared':>7} {'warps/SM':>8}"
+        f"{'kernel':<14} {'target':>7} {'warps':>5} {'stages':>6} "
+        f"{'regs':>5} {'stack':>6} {'shared':>7} {'warps/SM':>8}"
     )
     seen = set()
     for launch in launches:
