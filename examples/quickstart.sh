@@ -18,12 +18,14 @@ CHECK_TOKENS=200 # logits are compared on as many
 source tools/environment.sh
 prepare_environment dev data
 
-if [ -e "$RUN" ] && [ ! -e "$RUN/settings.json" ] && [ -n "$(ls -A "$RUN" 2>/dev/null)" ]; then
+MARK=$RUN/.megatron_hybrid_quickstart # only a folder that this script made is ever removed
+if [ -e "$RUN" ] && [ ! -e "$MARK" ] && [ -n "$(ls -A "$RUN" 2>/dev/null)" ]; then
     say "error: $RUN exists and is not a quickstart run; name another folder: bash examples/quickstart.sh FOLDER"
     exit 2
 fi
 rm -rf "$RUN"
 mkdir -p "$RUN"
+touch "$MARK"
 printf '{"seq_length": %d, "global_batch_size": %d, "stop": %d}\n' \
     "$SEQ_LENGTH" "$GLOBAL_BATCH_SIZE" "$STOP" >"$RUN/settings.json"
 

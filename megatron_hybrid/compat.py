@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -61,6 +62,12 @@ def backend_flags(flags: Sequence[str]) -> list[str]:
         forced.append("--no-gradient-accumulation-fusion")
     given = {word.split("=")[0] for word in flags}
     return [flag for flag in dict.fromkeys(forced) if flag.split("=")[0] not in given]
+
+
+def join_or_be_alone() -> None:
+    """torchrun's variables where a launcher set them; one process of its own where none did."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(name, value)
 
 
 def start_backend() -> None:

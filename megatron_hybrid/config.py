@@ -56,7 +56,7 @@ class HybridConfig:
         types = get_type_hints(cls)
         for item in fields(cls):
             flag = "--" + item.name.replace("_", "-")
-            text = f"{item.metadata['help']} (default: {item.default})"
+            text = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")  # argparse formats it
             if types[item.name] is bool:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, default=item.default, help=text)
             elif choices := get_args(types[item.name]):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from megatron_hybrid.presets import PRESETS, FlagValue
 from megatron_hybrid.tools.cli import ToolError
@@ -16,6 +17,7 @@ ALTERNATIVES = (
     {"train-iters", "train-samples"},
     {"lr-decay-iters", "lr-decay-samples"},
     {"lr-warmup-iters", "lr-warmup-samples", "lr-warmup-fraction"},
+    {"bf16", "fp16"},
 )
 
 _DATA_FLAGS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
@@ -65,7 +67,7 @@ def _flat(flags: Mapping[str, FlagValue]) -> Iterator[str]:
 
 def _peek(flags: Sequence[str]) -> argparse.Namespace:
     """The few values that can be judged before Megatron is imported."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--hybrid-layer-pattern")
     for name, default in (
         ("num-layers", None),
@@ -75,6 +77,9 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         ("num-attention-heads", None),
         ("num-query-groups", None),
         ("linear-num-key-heads", None),
+        ("linear-num-value-heads", None),
+        ("linear-conv-kernel-dim", 4),
+        ("kv-channels", None),
         ("seq-length", None),
         ("train-iters", None),
         ("lr-decay-iters", None),
@@ -83,13 +88,22 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in _DATA_FLAGS:
         parser.add_argument(f"--{name}", nargs="*", default=[])
-    parser.add_argument("--save")
-    for name in ("mock-data", "bf16", "fp16", "use-distributed-optimizer", "no-save-optim", "sequence-parallel"):
+    for name in ("save", "data-args-path", "per-split-data-args-path", "gdn-cp-comm-type", "position-embedding-type"):
+        parser.add_argument(f"--{name}")
+    for name in (
+        "mock-data",
+        "bf16",
+        "fp16",
+        "use-distributed-optimizer",
+        "no-save-optim",
+        "sequence-parallel",
+        "skip-train",
+    ):
         parser.add_argument(f"--{name}", action="store_true")
     try:
         return parser.parse_known_args(list(flags))[0]
     except argparse.ArgumentError as error:
-        raise FlagError(str(error)) from None
+        raise FlagError(f"{error.argument_name}: {error.message}") from None
 
 
 def check(flags: Sequence[str]) -> None:
@@ -99,19 +113,59 @@ def check(flags: Sequence[str]) -> None:
         FlagError: naming the flag, its value and the nearest legal one.
     """
     values = _peek(flags)
+    for flag in ("tensor", "pipeline", "context"):
+        size = getattr(values, f"{flag}_{'' if flag == 'context' else 'model_'}parallel_size")
+        if size < 1:
+            name = "context-parallel-size" if flag == "context" else f"{flag}-model-parallel-size"
+            raise FlagError(f"--{name} {size}: must be at least 1; nearest legal: 1")
     _check_pattern(values)
+    _check_heads(values)
     _check_tensor_parallel(values)
     _check_pipeline(values)
     _check_schedule(values)
     _check_optimizer(values)
     _check_context_parallel(values)
-    if not values.mock_data:
-        for name in _DATA_FLAGS:
-            for prefix in _prefixes(getattr(values, name.replace("-", "_"))):
-                try:
-                    require_dataset(prefix)
-                except (OSError, ToolError) as error:
-                    raise FlagError(f"--{name} {prefix}: {error}") from None
+    _check_data(values)
+    _check_folder("--save", values.save)
+
+
+def _check_data(values: argparse.Namespace) -> None:
+    if values.mock_data:
+        return
+    prefixes = [(name, prefix) for name in _DATA_FLAGS for prefix in _prefixes(getattr(values, name.replace("-", "_")))]
+    elsewhere = values.skip_train or values.data_args_path or values.per_split_data_args_path
+    if not prefixes and not elsewhere:
+        raise FlagError("--data-path: no dataset; give a prefix of .bin/.idx files (tools.preprocess), or --mock-data")
+    for name, prefix in prefixes:
+        try:
+            require_dataset(prefix)
+        except (OSError, ToolError) as error:
+            raise FlagError(f"--{name} {prefix}: {error}") from None
+
+
+def _check_folder(flag: str, name: str | None) -> None:
+    """A folder to write to: it, or the nearest folder above it that exists, must let us."""
+    if not name or "://" in name:
+        return
+    folder = Path(name).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise FlagError(f"{flag} {name}: {existing} is not a folder that can be written to; name another folder")
+
+
+def _check_heads(values: argparse.Namespace) -> None:
+    keys, heads = values.linear_num_key_heads, values.linear_num_value_heads
+    if "G" in values.hybrid_layer_pattern and keys and heads and heads % keys:
+        nearest = max(round(heads / keys), 1) * keys
+        raise FlagError(
+            f"--linear-num-value-heads {heads}: must be a multiple of --linear-num-key-heads {keys}; "
+            f"nearest legal: {nearest}"
+        )
+    if values.position_embedding_type == "rope" and values.kv_channels and values.kv_channels % 2:
+        raise FlagError(
+            f"--kv-channels {values.kv_channels}: rotary embeddings need an even head dimension; "
+            f"nearest legal: {values.kv_channels + 1}"
+        )
 
 
 def _check_pattern(values: argparse.Namespace) -> None:
@@ -172,18 +226,32 @@ def _check_pipeline(values: argparse.Namespace) -> None:
 
 def _check_context_parallel(values: argparse.Namespace) -> None:
     cp, length = values.context_parallel_size, values.seq_length
+    if cp > 1 and "G" in values.hybrid_layer_pattern and values.linear_conv_kernel_dim != 4:
+        raise FlagError(
+            f"--linear-conv-kernel-dim {values.linear_conv_kernel_dim}: with --context-parallel-size above 1 the only "
+            "legal width is 4"
+        )
+    shares = values.tensor_model_parallel_size * cp
+    if values.gdn_cp_comm_type == "a2a" and (values.linear_num_key_heads or shares) % shares:
+        raise FlagError(
+            f"--gdn-cp-comm-type a2a: --context-parallel-size {cp} times --tensor-model-parallel-size "
+            f"{values.tensor_model_parallel_size} must divide --linear-num-key-heads {values.linear_num_key_heads}; "
+            "or leave the flag out: passing states has no such condition"
+        )
     if length is None:
         return
-    multiple = 2 * cp if cp > 1 else 1
-    if values.sequence_parallel:
-        multiple = math.lcm(multiple, cp * values.tensor_model_parallel_size)
-    if cp < 1 or length % multiple:
-        nearest = max(round(length / max(multiple, 1)), 1) * max(multiple, 1)
-        legal = [n for n in range(1, 65) if length % (2 * n) == 0]
+    tp = values.tensor_model_parallel_size
+    if values.sequence_parallel and length % (tp * cp):
         raise FlagError(
-            f"--context-parallel-size {cp}: --seq-length {length} must be a multiple of {multiple} (2 parts for each "
-            f"context-parallel rank, 1 for each sequence-parallel one); nearest legal length: {nearest}; sizes that "
-            f"divide it: {', '.join(map(str, legal))}"
+            f"--seq-length {length}: with --sequence-parallel it must be a multiple of --tensor-model-parallel-size "
+            f"{tp} times --context-parallel-size {cp}; nearest legal: {max(round(length / (tp * cp)), 1) * tp * cp}"
+        )
+    if cp > 1 and length % (2 * cp):
+        legal = [1, *(n for n in range(2, 65) if length % (2 * n) == 0)]
+        raise FlagError(
+            f"--context-parallel-size {cp}: --seq-length {length} must be a multiple of {2 * cp} (two parts for each "
+            f"rank); nearest legal size: {min(legal, key=lambda n: abs(n - cp))}; legal: {', '.join(map(str, legal))}; "
+            f"nearest legal length: {max(round(length / (2 * cp)), 1) * 2 * cp}"
         )
 
 
@@ -197,6 +265,8 @@ def _check_schedule(values: argparse.Namespace) -> None:
 
 
 def _check_optimizer(values: argparse.Namespace) -> None:
+    if values.bf16 and values.fp16:
+        raise FlagError("--bf16 --fp16: give one of them")
     half = next((flag for flag in ("bf16", "fp16") if getattr(values, flag)), None)
     saves = values.save and not values.no_save_optim
     if half and saves and "G" in values.hybrid_layer_pattern and not values.use_distributed_optimizer:

@@ -9,7 +9,6 @@ are those that the checkpoint was trained with; parallel sizes are 1, whatever t
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     if not own.tokens.is_file():
         fail(FlagError(f"--tokens {own.tokens}: no such file"))
-    # One rank without a launcher; torchrun's variables are respected where there is one.
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
-        os.environ.setdefault(name, value)
-    args = prepare([*rest, "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"])
+    args = prepare([*rest, "--skip-train", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"])
     if not args.load:
         fail(FlagError("--load: missing; give the checkpoint folder that training saved to"))
 

@@ -27,25 +27,31 @@ _FAMILY: Flags = {
     "no-create-attention-mask-in-dataloader": True,
 }
 
-_OPTIMIZER_7B: Flags = {
+#: Ai2's optimizer settings (which parameters decay is still Megatron's choice), and checkpoints that can be resumed
+#: under any split.
+_TRAINING: Flags = {
     "optimizer": "adam",
     "adam-beta1": 0.9,
     "adam-beta2": 0.95,
     "adam-eps": 1e-8,
     "weight-decay": 0.1,
     "clip-grad": 1.0,
+    "lr-decay-style": "cosine",
+    "seed": 34521,
+    "ckpt-format": "torch_dist",
+    "dist-ckpt-optim-fully-reshardable": True,
+}
+
+_OPTIMIZER_7B: Flags = {
+    **_TRAINING,
     "lr": 3e-4,
     "min-lr": 3e-5,
-    "lr-decay-style": "cosine",
     "lr-warmup-iters": 2000,
     "train-iters": 1414078,
     "micro-batch-size": 1,
     "global-batch-size": 512,
-    "seed": 34521,
     "bf16": True,
     "use-distributed-optimizer": True,
-    "ckpt-format": "torch_dist",
-    "dist-ckpt-optim-fully-reshardable": True,  # resume under any TP, PP and DP
     "save-interval": 1000,
     "eval-interval": 10000,
     "eval-iters": 10,
@@ -105,22 +111,13 @@ _OLMO_HYBRID_TINY: Flags = {
     "seq-length": 256,
     "max-position-embeddings": 256,
     "spec": ["megatron_hybrid.layer_specs.olmo_hybrid", "olmo_hybrid_stack_spec"],
-    "optimizer": "adam",
-    "adam-beta1": 0.9,
-    "adam-beta2": 0.95,
-    "adam-eps": 1e-8,
-    "weight-decay": 0.1,
-    "clip-grad": 1.0,
+    **_TRAINING,
     "lr": 3e-3,
     "min-lr": 3e-4,
-    "lr-decay-style": "cosine",
     "lr-warmup-iters": 10,
     "train-iters": 100,
     "micro-batch-size": 4,
     "global-batch-size": 8,
-    "seed": 34521,
-    "ckpt-format": "torch_dist",
-    "dist-ckpt-optim-fully-reshardable": True,  # resume under any TP, PP and DP
     "save-interval": 100,
     "eval-interval": 100,
     "eval-iters": 4,

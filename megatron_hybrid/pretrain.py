@@ -8,7 +8,10 @@ A preset is a named set of Megatron flags; any flag on the command line replaces
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,11 +29,19 @@ if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
 
+#: Specs that are built anew with the plugin's flags; any other --spec is taken as it is.
+OWN_SPECS = (
+    ("megatron_hybrid.layer_specs.olmo_hybrid", "olmo_hybrid_stack_spec"),
+    ("megatron_hybrid.layer_specs.olmo3", "olmo3_stack_spec"),
+)
+
+
 def own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own flags, and the rest, which is Megatron's and the plugin's."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_hybrid.pretrain",
-        description="Train an OLMo-Hybrid with Megatron's own trainer. Other flags are Megatron's (--help-all).",
+        description="Train an OLMo-Hybrid with Megatron's own trainer; under torchrun on several ranks. "
+        "Other flags are Megatron's (--help-all).",
         allow_abbrev=False,
     )
     parser.add_argument("--preset", metavar="NAME", help=f"named set of flags: {', '.join(sorted(PRESETS))}")
@@ -58,8 +69,15 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
     from megatron.training.arguments import parse_and_validate_args
 
     sys.argv = [sys.argv[0], *flags]  # Megatron's parser reads the process's arguments
+    said = io.StringIO()
     try:
-        return parse_and_validate_args(extra_args_provider=HybridConfig.add_to)
+        with contextlib.redirect_stderr(said):
+            args = parse_and_validate_args(extra_args_provider=HybridConfig.add_to)
+        sys.stderr.write(said.getvalue())
+        return args
+    except SystemExit as stop:  # argparse has printed 700 lines of usage, and then what is wrong
+        reason = said.getvalue().strip().splitlines()[-1:] or [f"exit status {stop.code}"]
+        raise FlagError(f"{reason[0].split('error: ')[-1]}; --help-all lists every flag") from None
     except (AssertionError, ValueError, FileNotFoundError) as error:
         raise FlagError(
             " ".join(str(error).split()) or f"Megatron refused the flags ({type(error).__name__})"
@@ -72,10 +90,14 @@ def stack_spec(args: argparse.Namespace) -> Any:
 
     from megatron_hybrid.layer_specs.olmo_hybrid import Implementation, build_stack_spec
 
-    if args.spec is None or args.spec[0].startswith("megatron_hybrid.layer_specs."):
+    if args.spec is None or tuple(args.spec) in OWN_SPECS:
         implementation: Implementation = "local" if args.transformer_impl == "local" else "transformer_engine"
         return build_stack_spec(HybridConfig.from_args(args), implementation)
-    return import_module(tuple(args.spec))
+    found = import_module(tuple(args.spec)) if len(args.spec) == 2 else None
+    if found is None:
+        own = "; ".join(" ".join(spec) for spec in OWN_SPECS)
+        raise FlagError(f"--spec {' '.join(args.spec)}: no such module and name; the plugin's own: {own}")
+    return found
 
 
 def provide_model(
@@ -125,7 +147,12 @@ def prepare(argv: Sequence[str]) -> argparse.Namespace:
         if added and os.environ.get("RANK", "0") == "0":
             print(f"added for this machine: {' '.join(added)}", file=sys.stderr)
         compat.start_backend()
-        args = parse([*flags, *added] if not own.help_all else ["--help"])
+        if own.help_all:
+            _print_all_flags()
+            raise SystemExit(0)
+        compat.join_or_be_alone()
+        args = parse([*flags, *added])
+        stack_spec(args)
         _set_vocabulary(args, flags)
         _say_what_is_padded(args)
         if args.save:
@@ -133,6 +160,18 @@ def prepare(argv: Sequence[str]) -> argparse.Namespace:
         return args
     except ValueError as error:
         fail(error)
+
+
+def _print_all_flags() -> None:
+    """Megatron's and the plugin's flags. Some of Megatron's texts hold a bare %, at which argparse would stop."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(prog="python -m megatron_hybrid.pretrain", allow_abbrev=False)
+    HybridConfig.add_to(add_megatron_arguments(parser))
+    for action in parser._actions:
+        if action.help:
+            action.help = re.sub(r"%%|%(?!\(\w+\)[sdr])", "%%", action.help)
+    parser.print_help()
 
 
 def _one_flag_a_line(flags: Sequence[str]) -> list[str]:
@@ -185,7 +224,10 @@ def _describe_checkpoint(args: argparse.Namespace) -> None:
     if args.rank == 0:
         tokenizer = get_tokenizer()
         description = sidecar.describe(args, HybridConfig.from_args(args), tokenizer.vocab_size, tokenizer.eod)
-        sidecar.write(Path(args.save), description)
+        try:
+            sidecar.write(Path(args.save), description)
+        except OSError as error:
+            raise FlagError(f"--save {args.save}: cannot be written to ({error.strerror})") from None
 
 
 def _provider_after_warm_up(args: argparse.Namespace) -> Callable[..., HybridModel]:

@@ -14,6 +14,9 @@ from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.flags import FlagError, check, compose
 from megatron_hybrid.presets import PRESETS
 
+#: A dataset is not what these cases are about, except where they name one.
+_WITH_DATA = ["--skip-train"]
+
 REFUSED = [
     (["--tensor-model-parallel-size", "32"], ["--tensor-model-parallel-size 32", "30", "nearest legal: 30", "1 to 30"]),
     (["--tensor-model-parallel-size", "0"], ["--tensor-model-parallel-size 0", "nearest legal: 1"]),
@@ -21,10 +24,21 @@ REFUSED = [
     (["--hybrid-layer-pattern", "GGG-"], ["--hybrid-layer-pattern GGG-", "'-'", "legal: G, *, |"]),
     (["--hybrid-layer-pattern", "GGG*" * 7], ["--num-layers 32", "has 28 layers"]),
     (["--pipeline-model-parallel-size", "5"], ["--pipeline-model-parallel-size 5", "nearest legal: 4"]),
-    (["--context-parallel-size", "3"], ["--context-parallel-size 3", "--seq-length 8192", "8190", "1, 2, 4, 8, 16"]),
+    (
+        ["--context-parallel-size", "3"],
+        ["--context-parallel-size 3", "8190", "nearest legal size: 2", "1, 2, 4, 8"],
+    ),
     (["--seq-length", "8193", "--context-parallel-size", "4"], ["--seq-length 8193", "nearest legal length: 8192"]),
     (["--data-path", "nowhere/data"], ["--data-path nowhere/data", "nowhere/data.idx"]),
     (["--without-distopt", "--save", "x"], ["--bf16", "--use-distributed-optimizer", "--no-save-optim"]),
+    (["--linear-num-value-heads", "45"], ["--linear-num-value-heads 45", "30", "nearest legal: 60"]),
+    (["--kv-channels", "127"], ["--kv-channels 127", "even", "128"]),
+    (["--linear-conv-kernel-dim", "5", "--context-parallel-size", "2"], ["--linear-conv-kernel-dim 5", "4"]),
+    (["--gdn-cp-comm-type", "a2a", "--context-parallel-size", "4"], ["a2a", "--context-parallel-size 4", "30"]),
+    (["--pipeline-model-parallel-size", "0"], ["--pipeline-model-parallel-size 0", "nearest legal: 1"]),
+    (["--save", "/dev/null/x"], ["--save /dev/null/x", "/dev/null is not a folder"]),
+    (["--fp16", "--bf16"], ["--bf16 --fp16", "one of them"]),
+    (["--tensor-model-parallel-size", "abc"], ["--tensor-model-parallel-size", "'abc'"]),
     (["--lr-warmup-iters", "20", "--train-iters", "20"], ["--lr-warmup-iters 20", "--train-iters 20", "19"]),
 ]
 
@@ -33,17 +47,53 @@ REFUSED = [
 def test_refused_in_one_line(given: list[str], said: list[str]) -> None:
     with pytest.raises(FlagError) as caught:
         without = ["use-distributed-optimizer"] if "--without-distopt" in given else []
-        check(compose("olmo-hybrid-7b", given, without))
+        check([*_WITH_DATA, *compose("olmo-hybrid-7b", given, without)])
     message = str(caught.value)
     assert "\n" not in message
     for part in said:
         assert part in message
 
 
+def test_without_data_it_is_refused() -> None:
+    with pytest.raises(FlagError, match=r"--data-path: no dataset; .* or --mock-data"):
+        check(compose("olmo-hybrid-7b", []))
+
+
+def test_another_precision_replaces_the_presets() -> None:
+    assert "--bf16" not in compose("olmo-hybrid-7b", ["--fp16"])
+
+
+def test_help_all_lists_megatrons_and_the_plugins_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        pretrain.prepare(["--help-all"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--gdn-cp-comm-type" in printed and "--tensor-model-parallel-size" in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--presett", "x"], "unrecognized arguments: --presett x"),
+        (["--qk-norm-width", "heads"], "argument --qk-norm-width: invalid choice: 'heads'"),
+        (
+            ["--spec", "megatron_hybrid.layer_specs.nothing", "x"],
+            "--spec megatron_hybrid.layer_specs.nothing x: no such",
+        ),
+    ],
+)
+def test_what_megatrons_parser_refuses_is_one_line(given: list[str], said: str) -> None:
+    tiny = ["--preset", "olmo-hybrid-tiny", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "99"]
+    command = [sys.executable, "-m", "megatron_hybrid.pretrain", *tiny, *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {said}")
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_the_7b_preset_passes(tp: int) -> None:
     sizes = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", "8"]
-    check(compose("olmo-hybrid-7b", sizes))
+    check(compose("olmo-hybrid-7b", [*sizes, "--mock-data"]))
 
 
 def test_unknown_preset_names_the_nearest() -> None:

@@ -135,6 +135,14 @@ def test_checkpoint_folder_says_what_it_holds(data: Path, tmp_path: Path) -> Non
         run_ranks(_train_and_show_error, 1, [*first, "--ffn-hidden-size", "132"])
 
 
+def test_a_launch_that_failed_before_it_saved_leaves_the_folder_free(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "megatron_hybrid.json").write_text('{"hidden_size": 1}')
+    run_ranks(_train, 1, _arguments(data, tmp_path, "--train-iters", "2", "--save-interval", "2"))
+    assert json.loads((folder / "megatron_hybrid.json").read_text())["hidden_size"] == 96
+
+
 def _train_and_show_error(rank: int, arguments: list[str]) -> None:
     """The command's one line of stderr becomes the error that the parent sees."""
     import contextlib

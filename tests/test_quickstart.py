@@ -36,6 +36,7 @@ def test_quickstart(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "settings.json").write_text("{}")  # a name the quickstart uses too
     done = _quickstart(tmp_path)
     assert done.returncode == 2 and "is not a quickstart run" in done.stderr
     assert (tmp_path / "thesis.txt").read_text() == "years of work"

@@ -51,6 +51,7 @@ def watch(lines: Iterable[str], log: Path) -> None:
 
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as kept, tqdm(desc="training", unit="iteration", disable=None, dynamic_ncols=True) as bar:
+        shown, last = 0, None
         for line in lines:
             kept.write(line)
             kept.flush()
@@ -58,14 +59,19 @@ def watch(lines: Iterable[str], log: Path) -> None:
                 bar.total = found.total
                 bar.update(found.step - bar.n)
                 bar.set_postfix_str(f"loss {found.lm_loss:.3f}")
+                last = found
                 if bar.disable and found.step % 10 == 0:
-                    print(
-                        f"iteration {found.step}/{found.total}  loss {found.lm_loss:.3f}  {found.milliseconds:.0f} ms",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    _print(found)
+                    shown = found.step
             elif _ERROR.match(line):
                 bar.write(line.rstrip(), file=sys.stderr)
+        if bar.disable and last is not None and last.step != shown:
+            _print(last)
+
+
+def _print(found: Iteration) -> None:
+    said = f"iteration {found.step}/{found.total}  loss {found.lm_loss:.3f}  {found.milliseconds:.0f} ms"
+    print(said, file=sys.stderr, flush=True)
 
 
 def main() -> None:

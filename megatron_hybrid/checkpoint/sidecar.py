@@ -68,7 +68,8 @@ def write(folder: Path, description: dict[str, Any]) -> None:
             change, since training stages change them.
     """
     path = folder / FILE_NAME
-    if path.exists():
+    has_checkpoint = (folder / "latest_checkpointed_iteration.txt").exists()
+    if path.exists() and has_checkpoint:  # without one, an earlier launch failed before it saved anything
         old = json.loads(path.read_text())
         may_change = {"max_position_embeddings", "rope_theta"}
         for key in sorted((set(old) | set(description)) - may_change):

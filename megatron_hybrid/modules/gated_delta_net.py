@@ -3,8 +3,9 @@
 Letters: s sequence, b batch, D hidden, H value heads, Hk key heads, K key dim, V value dim (H, Hk: of this rank).
 
 Differences from Megatron-Core 0.19's `GatedDeltaNet`, each of which makes another model if missed: beta in (0, 2);
-A_log and dt_bias kept in fp32; output norm eps of its own; its gradient summed over tensor-parallel ranks with and
-without sequence parallelism; OLMo's initialisation; the projection split in two, so that the wide one can run in FP8.
+A_log and dt_bias kept in fp32; output norm eps of its own; the output norm's gradient summed over tensor-parallel ranks
+with and without sequence parallelism; OLMo's initialisation; the projection split in two, so that the wide one can run
+in FP8.
 """
 
 from __future__ import annotations

@@ -66,9 +66,8 @@ def init_sharded_(
 ) -> None:
     """Sample a parameter that tensor parallelism splits along dim 0, and mark it as split.
 
-    With `use_cpu_initialization` all ranks sample the same full tensors and keep their rows, so that the result does
-    not depend on the tensor-parallel size; else each rank samples its own shard from its own generator, as
-    Megatron's linears do.
+    With `use_cpu_initialization` all ranks sample the same full tensor and keep their rows; else each rank samples its
+    own shard from its own generator, as Megatron's linears do.
 
     Args:
         param: local shard; dim 0 = Σ sections / TP, the sections one after another.

@@ -50,10 +50,12 @@ class Routes:
     Attributes:
         cu_segments: [S + 1] int32, bounds of this rank's segments in its local tokens.
         owner: rank of each of the P chain positions.
-        summarised: [slots, N] int64, which local segments this rank's chain positions stand for, in chain order.
-        carries: [slots, N] fp32, 0 where the state before the position cannot reach its end (a document begins in it).
-        incoming: [S] int64, for each local segment the chain position (slot·N + document) whose incoming state it
-            takes, or slots·N for none.
+        summarised: [slots, chains] int64 (chains: N in zigzag, 1 in contiguous), which local segments this rank's chain
+            positions stand for, in chain order.
+        carries: [slots, chains] fp32, 0 where the state before the position cannot reach its end: a document begins in
+            it.
+        incoming: [S] int64, for each local segment the chain position (slot·chains + chain) whose incoming state it
+            takes, or slots·chains for none.
         tails: [n] int64, local tokens that other ranks may need as halo; the same n on every rank.
         halo: [S, 3] int64, for each segment its three preceding tokens in the gathered tails, or W·n for none.
         documents, positions: [W, T/W] int64, document and position in it of every rank's tokens.

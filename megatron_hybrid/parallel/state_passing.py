@@ -111,13 +111,13 @@ def gated_delta_rule(
 def choose_exchange(routes: Routes, pair_bytes: int) -> Exchange:
     """`all_gather` or `scan`, whichever a latency-and-bandwidth model says is faster.
 
-    All-gather: one round, (W−1)·slots pairs received. Scan: ⌈log2 P⌉ rounds of at most `slots` pairs each. A round
-    costs LATENCY_S, a byte 1/BYTES_PER_S.
+    All-gather: one round, (W−1)·slots pairs received. Scan: ⌈log2 P⌉ rounds and a last shift, of at most `slots` pairs
+    each. A round costs LATENCY_S, a byte 1/BYTES_PER_S.
 
     Args:
         pair_bytes: bytes of one position's pair (M and S of all its documents and heads).
     """
-    rounds = math.ceil(math.log2(len(routes.owner)))
+    rounds = math.ceil(math.log2(len(routes.owner))) + 1
     gathered = LATENCY_S + (routes.world - 1) * routes.slots * pair_bytes / BYTES_PER_S
     scanned = rounds * (LATENCY_S + routes.slots * pair_bytes / BYTES_PER_S)
     return "all_gather" if gathered <= scanned else "scan"
