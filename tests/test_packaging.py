@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "data": {"tools", "config"},
     "checkpoint": {"tools", "config"},
     "training": {"config"},
-    "tools": {"tools", "config", "checkpoint"},
+    "tools": {"tools", "config", "checkpoint", "kernels"},  # kernels: bench_kernels and tune_kernels
     "pretrain": {
         *("model", "layer_specs", "config", "presets", "flags", "parallel"),
         *("compat", "checkpoint", "data", "training"),

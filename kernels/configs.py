@@ -1,0 +1,93 @@
+"""How each kernel is launched: a table, not a search at start-up.
+
+An entry belongs to one GPU architecture, triton version and pair of head sizes, because each of these can change
+whether a configuration is right as well as how fast it is. `tools/tune_kernels.py` tries configurations and prints an
+entry of those that passed: agreement with the reference, and the same bits twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Launch(NamedTuple):
+    """warps, stages and registers as triton's num_warps, num_stages and maxnreg; block: columns (of V, or channels)."""
+
+    warps: int
+    stages: int
+    block: int = 0
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+
+Entry = Mapping[str, Launch]
+
+#: Where the search for an entry starts, and what the interpreter runs.
+DEFAULTS: dict[str, Launch] = {
+    "conv": Launch(4, 1, 64),
+    "diagonal": Launch(1, 1),
+    "prepare": Launch(4, 1),
+    "scan": Launch(4, 3, 64),
+    "output": Launch(4, 2, 64),
+    "norm_backward": Launch(8, 1, 16),
+    "adjoint_scan": Launch(4, 3, 64),
+    "gradients": Launch(8, 3, 64),
+    "conv_backward": Launch(1, 1, 128),
+    "decode": Launch(8, 1),
+}
+
+#: (architecture, triton's major.minor, K, V): passed the checks of tools/tune_kernels.py on that architecture.
+TABLE: dict[tuple[str, str, int, int], Entry] = {
+    ("sm_90", "3.6", 96, 192): DEFAULTS,  # NVIDIA H200, 2026-11-23
+}
+
+_trial: list[Entry] = []
+
+
+@cache
+def current_key() -> tuple[str, str]:
+    """(architecture, triton version) that launches run on now; the interpreter is an architecture of its own."""
+    version = ".".join(triton.__version__.split(".")[:2])
+    if triton.knobs.runtime.interpret:
+        return "interpreter", version
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}", version
+
+
+def launch_for(kernel: str, K: int, V: int) -> Launch:
+    """The launch of one kernel for these head sizes on the current device.
+
+    Raises RuntimeError when the table has no entry: an unchecked configuration may compute something else.
+    """
+    if _trial:
+        return _trial[-1][kernel]
+    architecture, version = current_key()
+    if architecture == "interpreter":
+        return DEFAULTS[kernel]
+    entry = TABLE.get((architecture, version, K, V))
+    if entry is None:
+        raise RuntimeError(
+            f"no checked kernel configuration for {architecture}, triton {version}, K = {K}, V = {V}; run "
+            f"`python -m megatron_hybrid.tools.tune_kernels --key-dim {K} --value-dim {V}` on this GPU and add the "
+            "entry it prints to kernels/configs.py, or choose the reference backend"
+        )
+    return entry[kernel]
+
+
+@contextmanager
+def trial(**launches: Launch) -> Iterator[None]:
+    """Inside, launches are these or the defaults, checked or not: for the tools and tests that do the checking."""
+    _trial.append(DEFAULTS | launches)
+    try:
+        yield
+    finally:
+        _trial.pop()

@@ -1,0 +1,264 @@
+"""The gated delta rule and the mixer core around it, for training and generation: one interface, three backends.
+
+    triton     the kernels in triton_*.py; default on a GPU
+    reference  plain PyTorch (reference.py); default on CPU
+    fla        flash-linear-attention, when installed, to measure against; the delta rule only
+
+The backend is the caller's choice or the default of the tensors' device, said once in the log. None stands in for
+another: what a backend cannot do, it refuses.
+
+Letters in shapes: B batch, T sequence, H value heads, Hk key heads, K key dim, V value dim, W conv width,
+D = 2 Hk K + H V conv channels (q, then k, then v), N documents (B unless packed).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_hybrid.kernels import reference
+
+BACKENDS = ("triton", "reference", "fla")
+log = logging.getLogger(__name__)
+
+
+def choose_backend(backend: str | None, x: Tensor) -> str:
+    """The backend to run for tensors like x: the one asked for, or the default of their device.
+
+    Raises ValueError for an unknown name, RuntimeError when the backend asked for cannot run here.
+    """
+    name = backend or ("triton" if x.is_cuda else "reference")
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    if name == "triton":
+        import triton
+
+        if not x.is_cuda and not triton.knobs.runtime.interpret:
+            raise RuntimeError("backend triton needs tensors on a GPU (or TRITON_INTERPRET=1); choose reference on CPU")
+        if x.is_cuda and x.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype is {x.dtype}; the triton backend takes bfloat16 or float16, reference takes any")
+    if name == "fla" and importlib.util.find_spec("fla") is None:
+        raise RuntimeError("backend fla needs the package flash-linear-attention, which is not installed")
+    _say_once(name, str(x.device.type))
+    return name
+
+
+@cache
+def _say_once(name: str, device: str) -> None:
+    log.info("Gated DeltaNet kernels: backend %s on %s", name, device)
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, *,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None, allow_neg_eigval: bool = True, qk_l2norm: bool = True, states_every: int = 0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """o and the final state of S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t.
+
+    Args:
+        q, k: [B, T, Hk, K]; v: [B, T, H, V]; views of a projection are read where they are.
+        a, b: [B, T, H] raw decay and write-strength projections: g = -exp(A_log) softplus(a + dt_bias) and
+            beta = sigmoid(b), doubled with allow_neg_eigval, both in fp32. A_log, dt_bias: [H].
+        scale: K^-0.5 if None.
+        initial_state: [N, H, K, V] fp32; zeros if None.
+        cu_seqlens: [N + 1] int32 or int64, document boundaries 0 ... T of one packed row (B = 1). On a GPU its
+            values are not read back, so they are not checked.
+        qk_l2norm: normalise q and k; without it they are taken as normalised.
+        states_every: keep the state entering every n-th chunk of 64 tokens for the backward; 0 keeps none.
+        backend: see the top of this file.
+
+    Returns:
+        (o [B, T, H, V] in the dtype of v, final state [N, H, K, V] fp32 or None).
+
+    Raises ValueError when shapes or dtypes disagree, RuntimeError when the backend cannot run here.
+    Source: "Gated Delta Networks" (arXiv 2412.06464), with beta up to 2.
+    """
+    _check_delta(q, k, v, a, b, cu_seqlens)
+    name = choose_backend(backend, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if name == "triton" and v.numel():
+        from megatron_hybrid.kernels.triton_autograd import DeltaRule, Options, with_unit_stride
+
+        options = Options(scale, allow_neg_eigval, qk_l2norm, states_every)
+        q, k, v, a, b = (with_unit_stride(x) for x in (q, k, v, a, b))
+        state = _fp32(initial_state)
+        return DeltaRule.apply(q, k, v, a, b, A_log, dt_bias, state, options, cu_seqlens, output_final_state)
+    if name == "fla":
+        return _fla(
+            q, k, v, a, b, A_log, dt_bias, scale, initial_state, output_final_state, cu_seqlens, allow_neg_eigval,
+            qk_l2norm,
+        )  # fmt: skip
+    if qk_l2norm:
+        q, k = reference.l2norm(q), reference.l2norm(k)
+    g, beta = reference.gates(a, b, A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
+    o, final = reference.gated_delta_rule_chunked(
+        q, k, v, g, beta, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
+    )
+    return o, final if output_final_state else None
+
+
+def mixer_core(
+    qkvz: Tensor, ab: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, *,
+    num_key_heads: int, num_value_heads: int, key_dim: int, value_dim: int, allow_neg_eigval: bool = True,
+    norm_eps: float = 1e-5, cu_seqlens: Tensor | None = None, conv_halo: Tensor | None = None,
+    initial_state: Tensor | None = None, output_final_state: bool = False, states_every: int = 0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Everything of a mixer between its projections: conv + SiLU, l2norm, gates, delta rule, gated RMSNorm.
+
+    Args:
+        qkvz: [B, T, D + H V], the projections q, k, v (before their convolution) and z one after the other, any batch
+            and token strides; [B, T, D] without an output gate.
+        ab: [B, T, 2 H], a then b.
+        conv_weight: [D, W] or [D, 1, W], W <= 4. norm_weight: [V].
+        conv_halo: [N, D, W - 1], the inputs before each document, oldest first; zeros if None.
+        initial_state, output_final_state, cu_seqlens, states_every, allow_neg_eigval: as in `gated_delta_rule`.
+
+    Returns:
+        (y [B, T, H V] in the dtype of qkvz, final state [N, H, K, V] fp32 or None). Gradients flow to every tensor,
+        conv_halo and initial_state too.
+
+    Raises ValueError when shapes disagree, RuntimeError when the backend cannot run here.
+    """
+    Hk, H, K, V = num_key_heads, num_value_heads, key_dim, value_dim
+    D = 2 * Hk * K + H * V
+    if qkvz.dim() != 3 or qkvz.shape[-1] not in (D, D + H * V):
+        raise ValueError(f"qkvz is {tuple(qkvz.shape)}; its last dimension must be {D} (no gate) or {D + H * V}")
+    if ab.shape != (*qkvz.shape[:2], 2 * H):
+        raise ValueError(f"ab is {tuple(ab.shape)}; it must be {(*qkvz.shape[:2], 2 * H)}")
+    weight = conv_weight.flatten(1)
+    W = weight.shape[1]
+    if weight.shape[0] != D or not 1 <= W <= 4:
+        raise ValueError(f"conv_weight is {tuple(conv_weight.shape)}; it must be [{D}, W] with W from 1 to 4")
+    name = choose_backend(backend, qkvz)
+    if name == "fla":
+        raise RuntimeError("backend fla has no mixer core; use triton or reference")
+    if name == "triton" and qkvz.numel():
+        from megatron_hybrid.kernels.triton_autograd import MixerCore, Options, with_unit_stride
+
+        options = Options(K**-0.5, allow_neg_eigval, True, states_every, norm_eps=norm_eps)
+        halo = None if conv_halo is None else F.pad(conv_halo, (4 - W, 0)).contiguous()
+        y, final = MixerCore.apply(
+            with_unit_stride(qkvz), with_unit_stride(ab), F.pad(weight, (4 - W, 0)).contiguous(), A_log, dt_bias,
+            norm_weight, halo, _fp32(initial_state), (Hk, H, K, V), options, cu_seqlens, output_final_state,
+        )  # fmt: skip
+        return y.flatten(2), final
+    x = reference.causal_conv_silu(qkvz[..., :D], weight, cu_seqlens=cu_seqlens, initial_state=conv_halo)
+    q, k, v = x.split([Hk * K, Hk * K, H * V], dim=-1)
+    a, b = ab.chunk(2, dim=-1)
+    o, final = gated_delta_rule(
+        q.unflatten(2, (Hk, K)), k.unflatten(2, (Hk, K)), v.unflatten(2, (H, V)), a, b, A_log, dt_bias,
+        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        allow_neg_eigval=allow_neg_eigval, backend="reference",
+    )  # fmt: skip
+    if qkvz.shape[-1] == D:
+        return F.rms_norm(o.float(), (V,), norm_weight.float(), norm_eps).to(o.dtype).flatten(2), final
+    return reference.gated_rms_norm(o, qkvz[..., D:].unflatten(2, (H, V)), norm_weight, norm_eps).flatten(2), final
+
+
+def shard_summary(
+    k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, *, cu_seqlens: Tensor | None = None,
+    allow_neg_eigval: bool = True, k_l2norm: bool = True, states_every: int = 0, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What a stretch of tokens does to the state, for context parallelism: S_out = M @ S_in + S for every S_in.
+
+    Arguments as in `gated_delta_rule`. Returns (M [N, H, K, K], S [N, H, K, V]) fp32, with gradients.
+    """
+    _check_delta(k, k, v, a, b, cu_seqlens)
+    name = choose_backend(backend, v)
+    if name == "fla":
+        raise RuntimeError("backend fla has no shard summary; use triton or reference")
+    if name == "triton" and v.numel():
+        from megatron_hybrid.kernels.triton_autograd import Options, Summary, with_unit_stride
+
+        options = Options(1.0, allow_neg_eigval, k_l2norm, states_every)
+        k, v, a, b = (with_unit_stride(x) for x in (k, v, a, b))
+        both = Summary.apply(k, v, a, b, A_log, dt_bias, options, cu_seqlens)
+        return both[..., : k.shape[-1]], both[..., k.shape[-1] :]
+    g, beta = reference.gates(a, b, A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
+    return reference.shard_summary(reference.l2norm(k) if k_l2norm else k, v, g, beta, cu_seqlens=cu_seqlens)
+
+
+@torch.no_grad()
+def decode_step(
+    qkvz: Tensor, ab: Tensor, conv_state: Tensor, state: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor,
+    norm_weight: Tensor, *, num_key_heads: int, allow_neg_eigval: bool = True, norm_eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """One token of each row through the mixer core; conv_state and state are updated in place. No gradients.
+
+    Args:
+        qkvz: [B, D + H V] or [B, D], ab: [B, 2 H], as in `mixer_core`.
+        conv_state: [B, D, W - 1], the inputs before this token, oldest first.
+        state: [B, H, K, V] fp32.
+
+    Returns y [B, H V] in the dtype of qkvz.
+    """
+    B, H, K, V = state.shape
+    Hk, weight = num_key_heads, conv_weight.flatten(1).contiguous()
+    D, W = weight.shape
+    if choose_backend(backend, qkvz) == "triton":
+        import triton
+
+        from megatron_hybrid.kernels.configs import launch_for
+        from megatron_hybrid.kernels.triton_decode import decode_kernel
+
+        if not (state.is_contiguous() and conv_state.is_contiguous() and state.dtype == torch.float32):
+            raise ValueError("decode_step updates state (fp32) and conv_state in place: both must be contiguous")
+        y = qkvz.new_empty(B, H * V)
+        decode_kernel[(B * H,)](
+            qkvz, conv_state, weight, ab, A_log, dt_bias, norm_weight, state, y, K**-0.5, 1e-6, norm_eps,
+            qkvz.stride(0), ab.stride(0), Hk=Hk, H=H, K=K, V=V, BK=triton.next_power_of_2(K),
+            BV=triton.next_power_of_2(V), W=W, L2NORM=True, BETA_MAX=2.0 if allow_neg_eigval else 1.0,
+            GATE=qkvz.shape[1] > D, **launch_for("decode", K, V).options,
+        )  # fmt: skip
+    else:
+        out, final = mixer_core(
+            qkvz[:, None], ab[:, None], weight, A_log, dt_bias, norm_weight, num_key_heads=Hk, num_value_heads=H,
+            key_dim=K, value_dim=V, allow_neg_eigval=allow_neg_eigval, norm_eps=norm_eps, conv_halo=conv_state,
+            initial_state=state, output_final_state=True, backend="reference",
+        )  # fmt: skip
+        y = out[:, 0]
+        assert final is not None
+        state.copy_(final)
+    conv_state.copy_(torch.cat([conv_state[..., 1:], qkvz[:, :D, None].to(conv_state.dtype)], dim=-1))
+    return y
+
+
+def _check_delta(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, cu_seqlens: Tensor | None) -> None:
+    if q.shape != k.shape or q.dim() != 4 or v.dim() != 4 or q.shape[:2] != v.shape[:2]:
+        raise ValueError(
+            f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; they must be [B, T, Hk, K], the same, and "
+            "[B, T, H, V]"
+        )
+    if v.shape[2] % q.shape[2]:
+        raise ValueError(f"v has {v.shape[2]} heads; it must be a multiple of the key heads, {q.shape[2]}")
+    if a.shape != v.shape[:3] or b.shape != v.shape[:3]:
+        raise ValueError(f"a is {tuple(a.shape)}, b {tuple(b.shape)}; both must be {tuple(v.shape[:3])}")
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or q.shape[0] != 1):
+        raise ValueError(f"cu_seqlens is {tuple(cu_seqlens.shape)} for B = {q.shape[0]}; it must be [N + 1] with B = 1")
+
+
+def _fp32(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.float().contiguous()
+
+
+def _fla(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, scale: float,
+    initial_state: Tensor | None, output_final_state: bool, cu_seqlens: Tensor | None, allow_neg_eigval: bool,
+    qk_l2norm: bool,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule(
+        q, k, v, g=a, beta=b, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens, use_qk_l2norm_in_kernel=qk_l2norm, use_gate_in_kernel=True, A_log=A_log,
+        dt_bias=dt_bias, use_beta_sigmoid_in_kernel=True, allow_neg_eigval=allow_neg_eigval,
+    )  # fmt: skip

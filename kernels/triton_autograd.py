@@ -1,0 +1,167 @@
+"""Autograd of the Triton path: the delta rule by itself, the whole mixer core, the summary of a stretch of tokens.
+
+Letters as in triton_tiles.py. What is kept for the backward is little: the inputs, G and beta (fp32 scalars per token
+and head) and Tb. q, k, v, scores and states are computed again, the states from every n-th one when those are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_hybrid.kernels import triton_launch as launch
+from megatron_hybrid.kernels.triton_launch import Conv, Gates, Options, Problem, Solved, make_problem
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """The kernels read any layout whose last dimension is dense."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class DeltaRule(torch.autograd.Function):
+    """o and the final state from q, k, v, raw gates and an initial state."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
+        initial: Tensor | None, options: Options, cu_seqlens: Tensor | None, want_final: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        problem = make_problem(q, v, options, cu_seqlens)
+        gates = Gates(a, b, A_log, dt_bias)
+        made, solved = launch.prepare(problem, (q, k, v), gates, None)
+        states = launch.scan(problem, made, solved, initial=initial, want_final=want_final)
+        o = launch.output(problem, made, solved, states, None, None)
+        ctx.save_for_backward(q, k, v, *gates, *solved, states.kept, initial)
+        ctx.problem = problem
+        ctx.set_materialize_grads(False)
+        return o, states.final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, a, b, A_log, dt_bias, G, beta, Tb, kept, initial = ctx.saved_tensors
+        problem: Problem = ctx.problem
+        gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb)
+        made, _ = launch.prepare(problem, (q, k, v), gates, None, solved)
+        states = launch.scan(problem, made, solved, initial=initial, kept=kept)
+        do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else with_unit_stride(do)
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal, want_dinitial=ctx.needs_input_grad[7])
+        da, db = torch.empty(2, *a.shape, dtype=a.dtype, device=a.device)
+        g = launch.gradients(problem, made, solved, states, adjoint, do, gates, da, db)
+        return (
+            g.dq, g.dk, adjoint.dr, da, db, g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype), adjoint.dinitial,
+            None, None, None,
+        )  # fmt: skip
+
+
+class MixerCore(torch.autograd.Function):
+    """y [B, T, H, V] and the final state from the projections: qkvz [B, T, 2 Hk K + H V (+ H V)] and ab [B, T, 2 H].
+
+    Each projection has one gradient tensor: slices given to autograd one by one would be padded and added instead.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkvz: Tensor, ab: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor,
+        halo: Tensor | None, initial: Tensor | None, heads: tuple[int, int, int, int], options: Options,
+        cu_seqlens: Tensor | None, want_final: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        q, _, v, z = split_projection(qkvz, heads)
+        problem = make_problem(q, v, options, cu_seqlens)
+        a, b = ab.chunk(2, dim=-1)
+        gates, conv = Gates(a, b, A_log, dt_bias), Conv(conv_weight, halo)
+        x = qkvz[..., : conv_weight.shape[0]]
+        made, solved = launch.prepare(problem, (x, x, x), gates, conv)
+        states = launch.scan(problem, made, solved, initial=initial, want_final=want_final)
+        y = launch.output(problem, made, solved, states, z, norm_weight)
+        ctx.save_for_backward(qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, initial, *solved, states.kept)
+        ctx.problem, ctx.heads = problem, heads
+        ctx.set_materialize_grads(False)
+        return y, states.final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, initial, G, beta, Tb, kept = ctx.saved_tensors
+        problem: Problem = ctx.problem
+        z = split_projection(qkvz, ctx.heads)[3]
+        x = qkvz[..., : conv_weight.shape[0]]
+        a, b = ab.chunk(2, dim=-1)
+        gates, solved, conv = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb), Conv(conv_weight, halo)
+        made, _ = launch.prepare(problem, (x, x, x), gates, conv, solved)
+        states = launch.scan(problem, made, solved, initial=initial, kept=kept)
+        dqkvz = torch.empty(qkvz.shape, dtype=qkvz.dtype, device=qkvz.device)
+        dab = torch.empty(ab.shape, dtype=ab.dtype, device=ab.device)
+        dz = split_projection(dqkvz, ctx.heads)[3]
+        dy = made.v.new_zeros(made.v.shape) if dy is None else with_unit_stride(dy)
+        do = launch.output(problem, made, solved, states, None, None)  # o, until its gradient takes its place
+        dnorm = launch.norm_backward(problem, do, z, norm_weight, dy, dz)
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal, want_dinitial=ctx.needs_input_grad[7])
+        g = launch.gradients(problem, made, solved, states, adjoint, do, gates, *dab.chunk(2, dim=-1))
+        dx = dqkvz[..., : conv_weight.shape[0]]
+        dweight, dhalo = launch.conv_backward(problem, x, conv, g.dq, g.dk, adjoint.dr, dx)
+        return (
+            dqkvz, dab, dweight.to(conv_weight.dtype), g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype),
+            dnorm.to(norm_weight.dtype), None if halo is None or dhalo is None else dhalo.to(halo.dtype),
+            adjoint.dinitial, None, None, None, None,
+        )  # fmt: skip
+
+
+class Summary(torch.autograd.Function):
+    """The state after a stretch of tokens as an affine function of the state before: [M | S] [N, H, K, K + V].
+
+    M is what the same recurrence makes of the identity with no values, so it is carried as K further columns of V.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, options: Options,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        widened, initial = Summary.widen(k, v, 1 if cu_seqlens is None else len(cu_seqlens) - 1)
+        problem = make_problem(k, widened, options, cu_seqlens)
+        gates = Gates(a, b, A_log, dt_bias)
+        made, solved = launch.prepare(problem, (k, k, widened), gates, None)
+        states = launch.scan(problem, made, solved, initial=initial, want_final=True)
+        ctx.save_for_backward(k, v, *gates, *solved, states.kept)
+        ctx.problem = problem
+        assert states.final is not None
+        return states.final
+
+    @staticmethod
+    def widen(k: Tensor, v: Tensor, documents: int) -> tuple[Tensor, Tensor]:
+        """v with K columns of zeros in front, and the initial state that is the identity there."""
+        B, _, H, V = v.shape
+        K = k.shape[3]
+        identity = torch.eye(K, K + V, dtype=torch.float32, device=v.device)
+        return torch.nn.functional.pad(v, (K, 0)), identity.expand(B * documents, H, K, K + V).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        k, v, a, b, A_log, dt_bias, G, beta, Tb, kept = ctx.saved_tensors
+        problem: Problem = ctx.problem
+        gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb)
+        widened, initial = Summary.widen(k, v, problem.layout.N // problem.B)
+        made, _ = launch.prepare(problem, (k, k, widened), gates, None, solved)
+        states = launch.scan(problem, made, solved, initial=initial, kept=kept)
+        do = torch.zeros_like(widened)
+        adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal.contiguous(), want_dinitial=False)
+        da, db = torch.empty(2, *a.shape, dtype=a.dtype, device=a.device)
+        g = launch.gradients(problem, made, solved, states, adjoint, do, gates, da, db)
+        dA_log, ddt_bias = g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype)
+        return g.dk, adjoint.dr[..., problem.K :], da, db, dA_log, ddt_bias, None, None
+
+
+def split_projection(qkvz: Tensor, heads: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Views q, k [B, T, Hk, K], v and, when there is one, z [B, T, H, V]; heads is (Hk, H, K, V)."""
+    Hk, H, K, V = heads
+    parts = qkvz.split([Hk * K, Hk * K] + [H * V] * ((qkvz.shape[-1] - 2 * Hk * K) // (H * V)), dim=-1)
+    q, k = (x.unflatten(2, (Hk, K)) for x in parts[:2])
+    v, *z = (x.unflatten(2, (H, V)) for x in parts[2:])
+    return q, k, v, z[0] if z else None

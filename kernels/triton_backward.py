@@ -1,0 +1,355 @@
+"""Gradients of the gated delta rule in solve-adjoint form.
+
+Letters as in triton_tiles.py, formulas in triton_prepare.py.
+
+With dS the gradient of the state leaving a chunk, gam = exp(G) and dec = exp(G_C - G):
+
+    dU = P^T dO + diag(dec) K dS          dR = Tb^T (beta dU), which is dV
+    dS entering = gam_C dS + scale (diag(gam) Q)^T dO - (diag(gam) K)^T dR
+    dQ = scale diag(gam) dO S^T + dP K    dP = scale Gam o lower(dO U^T)
+    dK = diag(dec) U dS^T - diag(gam) dR S^T + dP^T Q + (dN + dN^T) K,   dN = -Gam o strict_lower(dR U^T)
+    dx_i = (1 - beta_i / m) dR_i.U_i / beta_i      for beta = m sigmoid(x): both terms of the textbook form at once
+
+dN is the whole gradient through the inverse, so nothing is inverted or multiplied by Tb twice. The scan needs only its
+own columns of V; `gradients_kernel` needs all of them and no order. The gate's gradient is taken directly, term by
+term: the shorter identity dG_i = q_i.dq_i - v_i.dv_i cancels for heads that decay fast.
+"""
+
+import triton
+import triton.language as tl
+
+from megatron_hybrid.kernels.triton_tiles import (
+    exp_fp32,
+    load_block,
+    load_state,
+    load_state_fp32,
+    load_tile,
+    locate_chunk,
+    locate_document,
+    sigmoid_fp32,
+    softplus_fp32,
+    store_columns,
+    store_state,
+    store_state_fp32,
+    store_tile,
+)
+
+
+@triton.jit
+def gated_norm_backward(o, z, dy, w, rstd, GATE: tl.constexpr):
+    """(gradient of o * rstd, gradient of z, gradient of the weight before its sum over tokens)."""
+    normalised = o * rstd[:, None]
+    dn = dy * w[None, :]
+    if GATE:
+        gate = sigmoid_fp32(z)
+        silu = z * gate
+        return dn * silu, dn * normalised * (gate + silu * (1.0 - gate)), dy * silu * normalised
+    else:
+        return dn, dn, dy * normalised
+
+
+@triton.jit(do_not_specialize=["T"])
+def norm_backward_kernel(
+    o_in, z_in, dy_in, norm_w, do_out, dz_out, dw_out, bounds, chunk_doc, chunk_start, T, eps,
+    z_sb, z_st, z_sh, dy_sb, dy_st, dy_sh, dz_sb, dz_st, dz_sh,
+    H: tl.constexpr, V: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    GATE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Backward of the gated RMSNorm of one chunk and head, R tokens at a time. do_out may be o_in.
+
+    dw_out [NC, H, V] fp32 holds the weight's gradient chunk by chunk: summed afterwards, in a fixed order.
+    """
+    i_c = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    c0 = tl.arange(0, VA)
+    c1 = VA + tl.arange(0, VB)
+    w0 = tl.load(norm_w + c0, mask=c0 < V, other=0.0).to(tl.float32)
+    w1 = tl.load(norm_w + c1, mask=c1 < V, other=0.0).to(tl.float32)
+    token = (b * T + bos + t0) * (H * V) + i_h * V
+    o, do = o_in + token, do_out + token
+    dy = dy_in + b * dy_sb + (bos + t0) * dy_st + i_h.to(tl.int64) * dy_sh
+    z = z_in + b * z_sb + (bos + t0) * z_st + i_h.to(tl.int64) * z_sh
+    dz = dz_out + b * dz_sb + (bos + t0) * dz_st + i_h.to(tl.int64) * dz_sh
+    sum0 = tl.zeros([R, VA], dtype=tl.float32)
+    sum1 = tl.zeros([R, VB], dtype=tl.float32)
+    for first in range(0, tl.minimum(length - t0, C), R):
+        left = length - t0 - first
+        o0 = load_tile(o, H * V, left, 0, R, VA, V).to(tl.float32)
+        o1 = load_tile(o, H * V, left, VA, R, VB, V).to(tl.float32)
+        dy0 = load_tile(dy, dy_st, left, 0, R, VA, V).to(tl.float32)
+        dy1 = load_tile(dy, dy_st, left, VA, R, VB, V).to(tl.float32)
+        z0 = load_tile(z, z_st, left, 0, R, VA, V).to(tl.float32)
+        z1 = load_tile(z, z_st, left, VA, R, VB, V).to(tl.float32)
+        rstd = tl.rsqrt((tl.sum(o0 * o0, 1) + tl.sum(o1 * o1, 1)) / V + eps)
+        dn0, dz0, dw0 = gated_norm_backward(o0, z0, dy0, w0, rstd, GATE)
+        dn1, dz1, dw1 = gated_norm_backward(o1, z1, dy1, w1, rstd, GATE)
+        along = (tl.sum(dn0 * o0, 1) + tl.sum(dn1 * o1, 1)) * rstd * rstd / V
+        store_tile(do, (dn0 - o0 * along[:, None]) * rstd[:, None], H * V, left, 0, R, VA, V)
+        store_tile(do, (dn1 - o1 * along[:, None]) * rstd[:, None], H * V, left, VA, R, VB, V)
+        if GATE:
+            store_tile(dz, dz0, dz_st, left, 0, R, VA, V)
+            store_tile(dz, dz1, dz_st, left, VA, R, VB, V)
+        sum0 += dw0
+        sum1 += dw1
+        o += R * H * V
+        do += R * H * V
+        dy += R * dy_st.to(tl.int64)
+        z += R * z_st.to(tl.int64)
+        dz += R * dz_st.to(tl.int64)
+    dw = dw_out + (i_c.to(tl.int64) * H + i_h) * V
+    tl.store(dw + c0, tl.sum(sum0, 0), mask=c0 < V)
+    tl.store(dw + c1, tl.sum(sum1, 0), mask=c1 < V)
+
+
+@triton.jit(do_not_specialize=["T"])
+def adjoint_scan_kernel(
+    scaled_q, k_in, Tb_in, P_in, G_in, beta_in, do_in, dfinal, ds_out, dr_out, dinitial,
+    bounds, chunk_start, T, do_sb, do_st, do_sh,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DFINAL: tl.constexpr, DINITIAL: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Backward through a document, last chunk first; BV columns of V per program, everything transposed.
+
+    scaled_q [B * T, H, K] is scale exp(G) q. Writes ds [NC, H, V, K], the gradient of the state leaving each chunk,
+    and dr [B * T, H, V], the gradient of v.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = (tl.program_id(0) // NV) % H
+    n = tl.program_id(0) // (NV * H)
+    col = i_v * BV
+    b, bos, length, first_chunk = locate_document(n, T, bounds, chunk_start, PACKED, C)
+    num_chunks = tl.cdiv(length, C)
+    state = (n.to(tl.int64) * H + i_h) * K * V
+    if DFINAL:
+        d0 = load_state_fp32(dfinal + state, col, 0, BV, KA, V, K)
+        d1 = load_state_fp32(dfinal + state, col, KA, BV, KB, V, K)
+    else:
+        d0 = tl.zeros([BV, KA], dtype=tl.float32)
+        d1 = tl.zeros([BV, KB], dtype=tl.float32)
+    Hk: tl.constexpr = H // GROUP
+    dtype = k_in.dtype.element_ty
+    r = tl.arange(0, C)
+    last = tl.maximum(num_chunks - 1, 0).to(tl.int64)
+    row = b * T + bos + last * C
+    q = scaled_q + (row * H + i_h) * K
+    k = k_in + (row * Hk + i_h // GROUP) * K
+    do = do_in + b * do_sb + (bos + last * C) * do_st + i_h.to(tl.int64) * do_sh
+    dr_row = dr_out + (row * H + i_h) * V
+    chunk = (first_chunk + last) * H + i_h
+    ds = ds_out + chunk * V * K
+    square = chunk * C * C + r[:, None] * C + r[None, :]
+    Tb_row, P_row = Tb_in + square, P_in + square
+    G_row = G_in + chunk * C
+    beta_row = beta_in + chunk * C
+    for i in range(num_chunks):
+        left = length - (num_chunks - 1 - i) * C
+        q0 = load_tile(q, H * K, left, 0, C, KA, K)
+        q1 = load_tile(q, H * K, left, KA, C, KB, K)
+        k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
+        k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
+        do_t = tl.trans(load_block(do, do_st, left, col, C, BV, V))
+        P = tl.load(P_row)
+        Tb = tl.load(Tb_row)
+        G = tl.load(G_row + r)
+        G_end = tl.load(G_row + C - 1)
+        d0_low, d1_low = d0.to(dtype), d1.to(dtype)
+        store_state(ds, d0_low, col, 0, BV, KA, V, K)
+        store_state(ds, d1_low, col, KA, BV, KB, V, K)
+        du = tl.dot(d1_low, tl.trans(k1), tl.dot(d0_low, tl.trans(k0)))
+        du = tl.dot(do_t, P, du * exp_fp32(G_end - G)[None, :])
+        dr = tl.dot((du * tl.load(beta_row + r)[None, :]).to(dtype), Tb)
+        store_columns(dr_row, dr, H * V, left, col, C, BV, V)
+        dr_decayed = (dr * -exp_fp32(G)[None, :]).to(dtype)
+        decay = exp_fp32(G_end)
+        d0 = tl.dot(dr_decayed, k0, tl.dot(do_t, q0, d0 * decay))
+        d1 = tl.dot(dr_decayed, k1, tl.dot(do_t, q1, d1 * decay))
+        q -= C * H * K
+        k -= C * Hk * K
+        do -= C * do_st.to(tl.int64)
+        dr_row -= C * H * V
+        ds -= H * V * K
+        Tb_row -= H * C * C
+        P_row -= H * C * C
+        G_row -= H * C
+        beta_row -= H * C
+    if DINITIAL:
+        store_state_fp32(dinitial + state, d0, col, 0, BV, KA, V, K)
+        store_state_fp32(dinitial + state, d1, col, KA, BV, KB, V, K)
+
+
+@triton.jit
+def unnormalised(dx0, dx1, x0, x1, rstd):
+    """Gradient through x = rstd * raw, rstd = (sum(raw^2) + eps)^-1/2."""
+    along = tl.sum(dx0 * x0, 1) + tl.sum(dx1 * x1, 1)
+    return (dx0 - x0 * along[:, None]) * rstd[:, None], (dx1 - x1 * along[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def decay_between(G, C: tl.constexpr, LOWER: tl.constexpr):
+    """[C, C]: exp(G_i - G_j) for i >= j (LOWER), or its transpose; zero elsewhere, without an exp that overflows."""
+    r = tl.arange(0, C)
+    if LOWER:
+        inside = r[:, None] >= r[None, :]
+        return tl.where(inside, exp_fp32(tl.where(inside, G[:, None] - G[None, :], 0.0)), 0.0)
+    else:
+        inside = r[:, None] <= r[None, :]
+        return tl.where(inside, exp_fp32(tl.where(inside, G[None, :] - G[:, None], 0.0)), 0.0)
+
+
+@triton.jit
+def query_gradient(
+    do, do_st, u, dr, h, q, k, P, G_row, rstd, dq, left, scale,
+    H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr,
+):  # fmt: skip
+    """Writes dq. Returns the gradient of G through scores and inverse, dP^T and dN + dN^T for dk, and dR_i . U_i."""
+    dq0 = tl.zeros([C, KA], dtype=tl.float32)
+    dq1 = tl.zeros([C, KB], dtype=tl.float32)
+    do_u = tl.zeros([C, C], dtype=tl.float32)
+    u_do = tl.zeros([C, C], dtype=tl.float32)
+    dr_u = tl.zeros([C, C], dtype=tl.float32)
+    u_dr = tl.zeros([C, C], dtype=tl.float32)
+    for i_v in range((V + BV - 1) // BV):
+        do_v = load_block(do, do_st, left, i_v * BV, C, BV, V)
+        u_v = load_block(u, H * V, left, i_v * BV, C, BV, V)
+        dr_v = load_block(dr, H * V, left, i_v * BV, C, BV, V)
+        dq0 = tl.dot(do_v, load_state(h, i_v * BV, 0, BV, KA, V, K), dq0)
+        dq1 = tl.dot(do_v, load_state(h, i_v * BV, KA, BV, KB, V, K), dq1)
+        # Both orders of each product: a transposed accumulator must not become an operand on Hopper (triton 3.6).
+        do_u = tl.dot(do_v, tl.trans(u_v), do_u)
+        u_do = tl.dot(u_v, tl.trans(do_v), u_do)
+        dr_u = tl.dot(dr_v, tl.trans(u_v), dr_u)
+        u_dr = tl.dot(u_v, tl.trans(dr_v), u_dr)
+    r = tl.arange(0, C)
+    i, j = r[:, None], r[None, :]
+    G = tl.load(G_row + r)
+    dtype = q.dtype.element_ty
+    dr_dot_u = tl.sum(tl.where(i == j, dr_u, 0.0), 1)
+    upper = decay_between(G, C, False)
+    dP_t = (u_do * upper * scale).to(dtype)
+    lower = decay_between(G, C, True)
+    dP = (do_u * lower * scale).to(dtype)
+    dN = tl.where(i > j, -lower * dr_u, 0.0)
+    both = (dN + tl.where(i < j, -upper * u_dr, 0.0)).to(dtype)
+    k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
+    k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
+    scores = do_u * tl.load(P + i * C + j).to(tl.float32) + dN * tl.dot(k1, tl.trans(k1), tl.dot(k0, tl.trans(k0)))
+    q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
+    q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
+    from_state = (scale * exp_fp32(G))[:, None]
+    dq0, dq1 = dq0 * from_state, dq1 * from_state
+    dG = tl.sum(scores, 1) - tl.sum(scores, 0) + tl.sum(q0 * dq0, 1) + tl.sum(q1 * dq1, 1)
+    dq0, dq1 = tl.dot(dP, k0, dq0), tl.dot(dP, k1, dq1)
+    if L2NORM:
+        dq0, dq1 = unnormalised(dq0, dq1, q0, q1, tl.load(rstd + r))
+    store_tile(dq, dq0, H * K, left, 0, C, KA, K)
+    store_tile(dq, dq1, H * K, left, KA, C, KB, K)
+    return dG, dP_t, both, dr_dot_u
+
+
+@triton.jit
+def key_gradient(
+    u, dr, h, ds, q, k, G_row, rstd, dk, dP_t, both, left,
+    H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr,
+):  # fmt: skip
+    """Writes dk. Returns the gradient of G through the state, and what of it belongs to the last token."""
+    write0 = tl.zeros([C, KA], dtype=tl.float32)
+    write1 = tl.zeros([C, KB], dtype=tl.float32)
+    read0 = tl.zeros([C, KA], dtype=tl.float32)
+    read1 = tl.zeros([C, KB], dtype=tl.float32)
+    h_ds0 = tl.zeros([BV, KA], dtype=tl.float32)
+    h_ds1 = tl.zeros([BV, KB], dtype=tl.float32)
+    for i_v in range((V + BV - 1) // BV):
+        u_v = load_block(u, H * V, left, i_v * BV, C, BV, V)
+        dr_v = load_block(dr, H * V, left, i_v * BV, C, BV, V)
+        h0 = load_state(h, i_v * BV, 0, BV, KA, V, K)
+        h1 = load_state(h, i_v * BV, KA, BV, KB, V, K)
+        ds0 = load_state(ds, i_v * BV, 0, BV, KA, V, K)
+        ds1 = load_state(ds, i_v * BV, KA, BV, KB, V, K)
+        write0 = tl.dot(u_v, ds0, write0)
+        write1 = tl.dot(u_v, ds1, write1)
+        read0 = tl.dot(dr_v, h0, read0)
+        read1 = tl.dot(dr_v, h1, read1)
+        h_ds0 += h0.to(tl.float32) * ds0.to(tl.float32)
+        h_ds1 += h1.to(tl.float32) * ds1.to(tl.float32)
+    r = tl.arange(0, C)
+    G = tl.load(G_row + r)
+    G_end = tl.load(G_row + C - 1)
+    gam, dec = exp_fp32(G)[:, None], exp_fp32(G_end - G)[:, None]
+    write0, write1 = write0 * dec, write1 * dec
+    read0, read1 = read0 * -gam, read1 * -gam
+    k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
+    k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
+    written = tl.sum(k0 * write0, 1) + tl.sum(k1 * write1, 1)
+    dG = tl.sum(k0 * read0, 1) + tl.sum(k1 * read1, 1) - written
+    dG_end = tl.sum(written) + exp_fp32(G_end) * (tl.sum(h_ds0) + tl.sum(h_ds1))
+    q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
+    q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
+    dk0 = tl.dot(both, k0, tl.dot(dP_t, q0, write0 + read0))
+    dk1 = tl.dot(both, k1, tl.dot(dP_t, q1, write1 + read1))
+    if L2NORM:
+        dk0, dk1 = unnormalised(dk0, dk1, k0, k1, tl.load(rstd + r))
+    store_tile(dk, dk0, H * K, left, 0, C, KA, K)
+    store_tile(dk, dk1, H * K, left, KA, C, KB, K)
+    return dG, dG_end
+
+
+@triton.jit(do_not_specialize=["T", "num_chunks"])
+def gradients_kernel(
+    q_in, k_in, P_in, G_in, beta_in, u_in, h_in, ds_in, do_in, dr_in, a_in, A_log, dt_bias, rstd_q, rstd_k,
+    dq_out, dk_out, da_out, db_out, dA_out, ddt_out,
+    bounds, chunk_doc, chunk_start, T, num_chunks, scale, do_sb, do_st, do_sh, a_sb, a_st, da_sb, da_st, db_sb, db_st,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of q, k (before their normalisation), a, b for one chunk and head; dA_log and ddt_bias per chunk.
+
+    dq_out and dk_out are [B * T, H, K]: one gradient per value head, also when value heads share a key head.
+    dA_out and ddt_out are [H, NC] fp32, summed afterwards in a fixed order. V is gone through twice, the second time
+    from cache: all accumulators together would not fit the registers.
+    """
+    i_c = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    chunk = i_c.to(tl.int64) * H + i_h
+    partial = i_h * num_chunks + i_c
+    if t0 >= length:
+        tl.store(dA_out + partial, 0.0)
+        tl.store(ddt_out + partial, 0.0)
+        return
+    left = length - t0
+    row = b * T + bos + t0
+    Hk: tl.constexpr = H // GROUP
+    r = tl.arange(0, C)
+    do = do_in + b * do_sb + (bos + t0) * do_st + i_h.to(tl.int64) * do_sh
+    u, dr = u_in + (row * H + i_h) * V, dr_in + (row * H + i_h) * V
+    h, ds = h_in + chunk * V * K, ds_in + chunk * V * K
+    q, k = q_in + (row * Hk + i_h // GROUP) * K, k_in + (row * Hk + i_h // GROUP) * K
+    dq, dk = dq_out + (row * H + i_h) * K, dk_out + (row * H + i_h) * K
+    rstd = (i_c.to(tl.int64) * Hk + i_h // GROUP) * C
+    G_row = G_in + chunk * C
+    dG_scores, dP_t, both, dr_dot_u = query_gradient(
+        do, do_st, u, dr, h, q, k, P_in + chunk * C * C, G_row, rstd_q + rstd, dq, left, scale,
+        H, Hk, K, V, KA, KB, BV, C, L2NORM,
+    )  # fmt: skip
+    dG_state, dG_end = key_gradient(
+        u, dr, h, ds, q, k, G_row, rstd_k + rstd, dk, dP_t, both, left, H, Hk, K, V, KA, KB, BV, C, L2NORM
+    )
+    dg = tl.cumsum(dG_scores + dG_state, 0, reverse=True) + dG_end
+    valid = r < left
+    beta = tl.load(beta_in + chunk * C + r)
+    # sigmoid(b) = 0 exactly when b < -88: the limit of the gradient is 0 as well.
+    db = (1.0 - beta / BETA_MAX) * tl.where(beta > 0.0, dr_dot_u / tl.where(beta > 0.0, beta, 1.0), 0.0)
+    x = tl.load(a_in + b * a_sb + (bos + t0 + r) * a_st + i_h, mask=valid, other=0.0).to(tl.float32)
+    x += tl.load(dt_bias + i_h).to(tl.float32)
+    decay_rate = -exp_fp32(tl.load(A_log + i_h).to(tl.float32))
+    da = tl.where(valid, dg * decay_rate * sigmoid_fp32(x), 0.0)
+    tl.store(dA_out + partial, tl.sum(tl.where(valid, dg * decay_rate * softplus_fp32(x), 0.0)))
+    tl.store(ddt_out + partial, tl.sum(da))
+    tl.store(da_out + b * da_sb + (bos + t0 + r) * da_st + i_h, da.to(da_out.dtype.element_ty), mask=valid)
+    tl.store(db_out + b * db_sb + (bos + t0 + r) * db_st + i_h, db.to(db_out.dtype.element_ty), mask=valid)

@@ -1,0 +1,336 @@
+"""Launches of the Triton kernels on whole tensors, without autograd. Letters as in triton_tiles.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_hybrid.kernels.configs import launch_for
+from megatron_hybrid.kernels.triton_backward import adjoint_scan_kernel, gradients_kernel, norm_backward_kernel
+from megatron_hybrid.kernels.triton_conv import conv_backward_kernel
+from megatron_hybrid.kernels.triton_forward import output_kernel, scan_kernel
+from megatron_hybrid.kernels.triton_prepare import conv_kernel, diagonal_kernel, prepare_kernel
+from megatron_hybrid.kernels.triton_tiles import CHUNK, Layout, make_layout, split_dim
+
+TAPS = 4  #: width of the short convolution inside the kernels; narrower ones are padded with zero taps
+#: Of the products that merge diagonal inverses: 16 into 32 (a warp's own, nearly free) and 32 into 64.
+DIAGONAL_PRECISION, MERGE_PRECISION = "tf32x3", "tf32"
+
+
+class Options(NamedTuple):
+    """What a call fixes besides its tensors."""
+
+    scale: float
+    allow_neg_eigval: bool = True
+    qk_l2norm: bool = True
+    states_every: int = 0  #: keep the state entering every n-th chunk for the backward; 0 keeps none
+    l2norm_eps: float = 1e-6
+    norm_eps: float = 1e-5
+
+    @property
+    def beta_max(self) -> float:
+        return 2.0 if self.allow_neg_eigval else 1.0
+
+
+class Problem(NamedTuple):
+    """Sizes, options and where the chunks are."""
+
+    B: int
+    T: int
+    Hk: int
+    H: int
+    K: int
+    V: int
+    options: Options
+    layout: Layout
+    segments: Layout | None  #: pieces of states_every chunks, when states are kept
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        layout = self.layout
+        return {"bounds": layout.bounds, "chunk_doc": layout.chunk_doc, "chunk_start": layout.chunk_start}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The constants every kernel takes."""
+        KA, KB = split_dim(self.K)
+        return {
+            "H": self.H, "GROUP": self.H // self.Hk, "K": self.K, "V": self.V, "KA": KA, "KB": KB, "C": CHUNK,
+            "PACKED": self.layout.is_packed,
+        }  # fmt: skip
+
+    def with_values(self, V: int) -> Problem:
+        return self._replace(V=V)
+
+
+def make_problem(q: Tensor, v: Tensor, options: Options, cu_seqlens: Tensor | None) -> Problem:
+    """q [B, T, Hk, K], v [B, T, H, V]; cu_seqlens [N + 1] or None."""
+    B, T, Hk, K = q.shape
+    H, V = v.shape[2:]
+    every = options.states_every
+    layout = make_layout(B, T, cu_seqlens, q.device)
+    segments = make_layout(B, T, cu_seqlens, q.device, CHUNK * every) if every > 0 else None
+    return Problem(B, T, Hk, H, K, V, options, layout, segments)
+
+
+class Gates(NamedTuple):
+    """Raw gate inputs [B, T, H], any strides but the last, and the per-head parameters [H]."""
+
+    a: Tensor
+    b: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+
+
+class Conv(NamedTuple):
+    """Four-tap weights [D, 4] of the q, k and v channels, and the inputs before each document [N, D, 3] or None."""
+
+    weight: Tensor
+    halo: Tensor | None
+
+
+class Solved(NamedTuple):
+    """What only the forward computes: G, beta [NC, H, C] fp32 and Tb [NC, H, C, C]."""
+
+    G: Tensor
+    beta: Tensor
+    Tb: Tensor
+
+
+class Prepared(NamedTuple):
+    """q, k [B, T, Hk, K], v [B, T, H, V], scale exp(G) q [B, T, H, K] (backward only), 1 / norms [NC, Hk, C] fp32,
+    P [NC, H, C, C]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scaled_q: Tensor
+    rstd_q: Tensor
+    rstd_k: Tensor
+    P: Tensor
+
+
+class States(NamedTuple):
+    """h [NC, H, V, K], u [B * T, H, V], kept states [segments, H, V, K] or None, final [N, H, K, V] fp32 or None."""
+
+    h: Tensor
+    u: Tensor
+    kept: Tensor | None
+    final: Tensor | None
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Batch, token and (with four dimensions) head strides by the kernels' parameter names."""
+    return {
+        f"{name}_s{letter}": stride
+        for name, x in tensors.items()
+        for letter, stride in zip("bth", x.stride()[:-1], strict=False)
+    }
+
+
+def convolve(problem: Problem, x: Tensor, conv: Conv) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k [B, T, Hk, K] normalised, v [B, T, H, V], both 1 / norms [NC, Hk, C]; from x [B, T, D] before its conv."""
+    B, T, Hk, H, K, V, options, layout, _ = problem
+    launch = launch_for("conv", K, V)
+    q, k, v = x.new_empty(B, T, Hk, K), x.new_empty(B, T, Hk, K), x.new_empty(B, T, H, V)
+    rstd_q, rstd_k = torch.empty(2, layout.num_chunks, Hk, CHUNK, dtype=torch.float32, device=x.device)
+    sizes = {name: size for name, size in problem.sizes.items() if name != "GROUP"}
+    conv_kernel[(layout.num_chunks * (2 * Hk + triton.cdiv(H * V, launch.block)),)](
+        x, conv.weight, x if conv.halo is None else conv.halo, q, k, v, rstd_q, rstd_k, **problem.tables, T=T,
+        eps=options.l2norm_eps, **strides(x=x), Hk=Hk, **sizes, BV=launch.block, W=TAPS, HALO=conv.halo is not None,
+        L2NORM=options.qk_l2norm, **launch.options,
+    )  # fmt: skip
+    return q, k, v, rstd_q, rstd_k
+
+
+def prepare(
+    problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], gates: Gates, conv: Conv | None,
+    solved: Solved | None = None,
+) -> tuple[Prepared, Solved]:  # fmt: skip
+    """Chunk-local part of the forward; with `solved`, only what a backward pass needs again.
+
+    inputs: q, k [B, T, Hk, K] and v [B, T, H, V], or with a convolution x [B, T, D] alone; any strides but the last.
+    """
+    B, T, Hk, H, K, V, options, layout, _ = problem
+    NC, is_again = layout.num_chunks, solved is not None
+    if conv is None:
+        q, k, v = inputs
+        normalise = options.qk_l2norm
+        rstd_q, rstd_k = q.new_empty(2, NC, Hk, CHUNK, dtype=torch.float32)
+    else:
+        q, k, v, rstd_q, rstd_k = convolve(problem, inputs[0], conv)
+        normalise = False
+    if conv is None and not normalise:
+        q, k = q.contiguous(), k.contiguous()
+    made = Prepared(
+        q.new_empty(B, T, Hk, K) if normalise else q,
+        k.new_empty(B, T, Hk, K) if normalise else k,
+        v,
+        q.new_empty(B, T, H, K) if is_again else q,
+        rstd_q,
+        rstd_k,
+        q.new_empty(NC, H, CHUNK, CHUNK),
+    )
+    common: dict[str, object] = {
+        **problem.tables, **strides(k=k, a=gates.a, b=gates.b), **problem.sizes,
+        "T": T, "eps": options.l2norm_eps, "L2NORM": normalise, "BETA_MAX": options.beta_max,
+    }  # fmt: skip
+    diagonal = q
+    if solved is None:
+        solved = Solved(
+            q.new_empty(NC, H, CHUNK, dtype=torch.float32),
+            q.new_empty(NC, H, CHUNK, dtype=torch.float32),
+            q.new_empty(NC, H, CHUNK, CHUNK),
+        )
+        diagonal = q.new_empty(NC, H, 2, 32, 32, dtype=torch.float32)
+        launch = launch_for("diagonal", K, V)
+        without_v = {name: size for name, size in common.items() if name != "V"}
+        diagonal_kernel[(NC * H * 2,)](k, *gates, diagonal, **without_v, PRECISION=DIAGONAL_PRECISION, **launch.options)
+    launch = launch_for("prepare", K, V)
+    prepare_kernel[(NC * H,)](
+        q, k, *gates, diagonal, made.q, made.k, made.scaled_q, rstd_q, rstd_k, *solved, made.P,
+        **common, **strides(q=q), scale=options.scale, SOLVE=not is_again, PRECISION=MERGE_PRECISION,
+        **launch.options,
+    )  # fmt: skip
+    return made, solved
+
+
+def scan(
+    problem: Problem, made: Prepared, solved: Solved, *,
+    initial: Tensor | None = None, kept: Tensor | None = None, want_final: bool = False,
+) -> States:  # fmt: skip
+    """The states through all chunks: document by document, or, from the states kept before, all pieces at once.
+
+    initial [N, H, K, V] fp32.
+    """
+    B, T, _Hk, H, K, V, options, layout, segments = problem
+    is_again = kept is not None
+    every = options.states_every
+    h = made.k.new_empty(layout.num_chunks, H, V, K)
+    u = made.k.new_empty(B * T, H, V)
+    final = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=h.device) if want_final else None
+    if kept is None and segments is not None:
+        kept = h if every == 1 else h.new_empty(segments.num_chunks, H, V, K)
+    where = layout if segments is None else segments
+    programs = where.num_chunks if is_again else layout.N
+    launch = launch_for("scan", K, V)
+    scan_kernel[(programs * H * triton.cdiv(V, launch.block),)](
+        made.k, made.v, solved.Tb, solved.G, solved.beta, h if initial is None else initial, h, u,
+        h if kept is None else kept, h if final is None else final,
+        layout.bounds, layout.chunk_start, where.chunk_doc, where.chunk_start, T, **strides(v=made.v),
+        **problem.sizes, BV=launch.block, SEGMENT=every if is_again else 0, EVERY=every if every > 1 else 0,
+        INITIAL=initial is not None, FINAL=want_final, **launch.options,
+    )  # fmt: skip
+    return States(h, u, kept, final)
+
+
+def output(
+    problem: Problem, made: Prepared, solved: Solved, states: States, z: Tensor | None, norm_weight: Tensor | None
+) -> Tensor:
+    """o [B, T, H, V], through the gated RMSNorm when norm_weight [V] is given (gate z [B, T, H, V] or None)."""
+    B, T, _Hk, H, K, V, options, _, _ = problem
+    out = made.v.new_empty(B, T, H, V)
+    gate = out if z is None else z
+    launch = launch_for("output", K, V)
+    output_kernel[(problem.layout.num_chunks * H,)](
+        made.q, made.P, solved.G, states.h, states.u, gate, out if norm_weight is None else norm_weight, out,
+        **problem.tables, T=T, scale=options.scale, eps=options.norm_eps, **strides(z=gate), **problem.sizes,
+        BV=launch.block, NORM=norm_weight is not None, GATE=z is not None,
+        **launch.options,
+    )  # fmt: skip
+    return out
+
+
+def norm_backward(
+    problem: Problem, o: Tensor, z: Tensor | None, norm_weight: Tensor, dy: Tensor, dz: Tensor | None
+) -> Tensor:
+    """Gradient of norm_weight [V] fp32. o [B, T, H, V] becomes its own gradient, dz (any strides) is written too."""
+    _B, T, _Hk, H, K, V, options, layout, _ = problem
+    dw = torch.empty(layout.num_chunks, H, V, dtype=torch.float32, device=o.device)
+    VA, VB = split_dim(V)
+    gate, dgate = (o, o) if z is None or dz is None else (z, dz)
+    launch = launch_for("norm_backward", K, V)
+    norm_backward_kernel[(layout.num_chunks * H,)](
+        o, gate, dy, norm_weight, o, dgate, dw, **problem.tables, T=T, eps=options.norm_eps,
+        **strides(z=gate, dy=dy, dz=dgate), H=H, V=V, VA=VA, VB=VB, C=CHUNK, R=launch.block, GATE=z is not None,
+        PACKED=layout.is_packed, **launch.options,
+    )  # fmt: skip
+    return dw.sum((0, 1))
+
+
+class Adjoint(NamedTuple):
+    """ds [NC, H, V, K], dr [B, T, H, V] (the gradient of v), dinitial [N, H, K, V] fp32 or None."""
+
+    ds: Tensor
+    dr: Tensor
+    dinitial: Tensor | None
+
+
+def adjoint_scan(
+    problem: Problem, made: Prepared, solved: Solved, do: Tensor, dfinal: Tensor | None, want_dinitial: bool
+) -> Adjoint:
+    """Gradients of the states, last chunk first. do [B, T, H, V] of any strides but the last."""
+    B, T, _Hk, H, K, V, _options, layout, _ = problem
+    ds = made.k.new_empty(layout.num_chunks, H, V, K)
+    dr = made.k.new_empty(B, T, H, V)
+    dinitial = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=ds.device) if want_dinitial else None
+    launch = launch_for("adjoint_scan", K, V)
+    adjoint_scan_kernel[(layout.N * H * triton.cdiv(V, launch.block),)](
+        made.scaled_q, made.k, solved.Tb, made.P, solved.G, solved.beta, do, ds if dfinal is None else dfinal, ds, dr,
+        ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, **strides(do=do),
+        **problem.sizes, BV=launch.block, DFINAL=dfinal is not None, DINITIAL=want_dinitial,
+        **launch.options,
+    )  # fmt: skip
+    return Adjoint(ds, dr, dinitial)
+
+
+class QKGradients(NamedTuple):
+    """dq, dk [B, T, Hk, K] before normalisation; dA_log, ddt_bias [H] fp32."""
+
+    dq: Tensor
+    dk: Tensor
+    dA_log: Tensor
+    ddt_bias: Tensor
+
+
+def gradients(
+    problem: Problem, made: Prepared, solved: Solved, states: States, adjoint: Adjoint, do: Tensor, gates: Gates,
+    da: Tensor, db: Tensor,
+) -> QKGradients:  # fmt: skip
+    """Everything that needs all V columns of a chunk; da and db [B, T, H] are written in place."""
+    B, T, Hk, H, K, V, options, layout, _ = problem
+    dq, dk = made.q.new_empty(B, T, H, K), made.k.new_empty(B, T, H, K)
+    partial = torch.empty(2, H, layout.num_chunks, dtype=torch.float32, device=dq.device)
+    launch = launch_for("gradients", K, V)
+    gradients_kernel[(layout.num_chunks * H,)](
+        made.q, made.k, made.P, solved.G, solved.beta, states.u, states.h, adjoint.ds, do, adjoint.dr,
+        gates.a, gates.A_log, gates.dt_bias, made.rstd_q, made.rstd_k, dq, dk, da, db, *partial,
+        **problem.tables, T=T, num_chunks=layout.num_chunks, scale=options.scale,
+        **strides(do=do, a=gates.a, da=da, db=db), **problem.sizes, BV=launch.block, L2NORM=options.qk_l2norm,
+        BETA_MAX=options.beta_max, **launch.options,
+    )  # fmt: skip
+    if Hk != H:
+        dq, dk = (x.unflatten(2, (Hk, H // Hk)).sum(3, dtype=torch.float32).to(x.dtype) for x in (dq, dk))
+    return QKGradients(dq, dk, *partial.sum(-1))
+
+
+def conv_backward(
+    problem: Problem, x: Tensor, conv: Conv, dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the conv weight [D, 4] and of the halo [N, D, 3], fp32; dx [B, T, D] is written in place."""
+    _B, T, Hk, H, K, V, _, layout, _ = problem
+    launch = launch_for("conv_backward", K, V)
+    DQ, DV, BD = Hk * K, H * V, launch.block
+    dw = torch.empty(layout.num_chunks, 2 * DQ + DV, TAPS, dtype=torch.float32, device=x.device)
+    # Zeros: a document without tokens sends its halo nothing.
+    dhalo = None if conv.halo is None else torch.zeros(conv.halo.shape, dtype=torch.float32, device=x.device)
+    blocks = 2 * triton.cdiv(DQ, BD) + triton.cdiv(DV, BD)
+    conv_backward_kernel[(layout.num_chunks * blocks,)](
+        x, conv.weight, x if conv.halo is None else conv.halo, dq, dk, dv, dx, dw, dw if dhalo is None else dhalo,
+        **problem.tables, T=T, **strides(x=x, dx=dx), DQ=DQ, DV=DV, BD=BD, C=CHUNK, HALO=conv.halo is not None,
+        PACKED=layout.is_packed, **launch.options,
+    )  # fmt: skip
+    return dw.sum(0), dhalo

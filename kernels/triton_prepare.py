@@ -1,0 +1,268 @@
+"""What a chunk needs before the state arrives: q, k, v after convolution and normalisation, gates, inverse, scores.
+
+Letters as in triton_tiles.py. For one chunk and value head, with G the running sum of g inside the chunk:
+
+    N_ij = exp(G_i - G_j) k_i.k_j                 i > j, else 0
+    Tb   = (I + N diag(beta))^-1                  [C, C] lower triangular
+    P_ij = scale exp(G_i - G_j) q_i.k_j           i >= j, else 0
+
+so that the new values are U = beta (Tb (v - exp(G) S^T k)) and the output is scale exp(G) S^T q + P U. Tb has ones on
+its diagonal, which bf16 holds exactly: with beta multiplied in, its rounding was the largest single error of the
+output. |Tb_ij| <= beta_j <= 2 when keys have unit norm, because every factor I - beta k k^T of a transition is
+non-expansive: Tb and P are kept in the activation dtype. Source: the chunkwise form of "Gated Delta Networks"
+(arXiv 2412.06464).
+"""
+
+import triton
+import triton.language as tl
+
+from megatron_hybrid.kernels.triton_tiles import (
+    exp_fp32,
+    load_tile,
+    locate_chunk,
+    sigmoid_fp32,
+    softplus_fp32,
+    store_tile,
+)
+
+
+@triton.jit
+def silu_conv_tile(
+    x, stride, weight, halo, t0, rows_left, width,
+    COL: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr,
+):  # fmt: skip
+    """silu(causal conv) of C rows in fp32; x points at token t0 of its document, halo at its [D, W - 1] history.
+
+    Channels from `width` on are zero.
+    """
+    c = COL + tl.arange(0, BC)
+    in_row = (c < width)[None, :]
+    valid = (tl.arange(0, C) < rows_left)[:, None] & in_row
+    total = tl.zeros([C, BC], dtype=tl.float32)
+    for j in tl.static_range(W):
+        r = tl.arange(0, C) - (W - 1 - j)
+        before = (t0 + r < 0)[:, None]
+        tap = tl.load(x + r[:, None] * stride + c[None, :], mask=valid & ~before, other=0.0).to(tl.float32)
+        if HALO:
+            past = (t0 + r + (W - 1))[:, None] + c[None, :] * (W - 1)
+            tap += tl.load(halo + past, mask=valid & before, other=0.0).to(tl.float32)
+        tap_weight = tl.load(weight + c * W + j, mask=c < width, other=0.0).to(tl.float32)
+        total += tap * tap_weight[None, :]
+    return total * sigmoid_fp32(total)
+
+
+@triton.jit(do_not_specialize=["T"])
+def conv_kernel(
+    x_in, weight, halo, q_out, k_out, v_out, rstd_q, rstd_k, bounds, chunk_doc, chunk_start, T, eps, x_sb, x_st,
+    Hk: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    HALO: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Convolution and SiLU of one chunk of one q or k head, normalised, or of BV columns of v.
+
+    x_in [B, T, D], weight [D, W] and halo [N, D, W - 1] hold the D = 2 Hk K + H V channels of q, k and v.
+    """
+    BLOCKS_V: tl.constexpr = (H * V + BV - 1) // BV
+    BLOCKS: tl.constexpr = 2 * Hk + BLOCKS_V
+    D: tl.constexpr = 2 * Hk * K + H * V
+    i_c = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    if t0 >= length:
+        return
+    left = length - t0
+    row = b * T + bos + t0
+    past = halo + n.to(tl.int64) * D * (W - 1)
+    x = x_in + b * x_sb + (bos + t0) * x_st
+    if block >= 2 * Hk:
+        col = (block - 2 * Hk) * BV
+        channel = 2 * Hk * K + col
+        width = tl.minimum(H * V - col, BV)
+        v = silu_conv_tile(
+            x + channel, x_st, weight + channel * W, past + channel * (W - 1), t0, left, width, 0, C, BV, W, HALO
+        )
+        r = tl.arange(0, C)
+        c = tl.arange(0, BV)
+        mask = (r < left)[:, None] & (c < width)[None, :]
+        tl.store(
+            v_out + row * (H * V) + col + r[:, None] * (H * V) + c[None, :], v.to(v_out.dtype.element_ty), mask=mask
+        )
+    else:
+        channel = block * K
+        w = weight + channel * W
+        past += channel * (W - 1)
+        x0 = silu_conv_tile(x + channel, x_st, w, past, t0, left, K, 0, C, KA, W, HALO)
+        x1 = silu_conv_tile(x + channel, x_st, w, past, t0, left, K, KA, C, KB, W, HALO)
+        out, rstd, i_k = q_out, rstd_q, block
+        if block >= Hk:
+            out, rstd, i_k = k_out, rstd_k, block - Hk
+        if L2NORM:
+            scale = tl.rsqrt(tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1) + eps)
+            x0, x1 = x0 * scale[:, None], x1 * scale[:, None]
+            tl.store(rstd + (i_c.to(tl.int64) * Hk + i_k) * C + tl.arange(0, C), scale)
+        out += (row * Hk + i_k) * K
+        store_tile(out, x0, Hk * K, left, 0, C, KA, K)
+        store_tile(out, x1, Hk * K, left, KA, C, KB, K)
+
+
+@triton.jit
+def gate_and_strength(a, b, a_st, b_st, A_log, dt_bias, first, left, i_h, R: tl.constexpr, BETA_MAX: tl.constexpr):
+    """g and beta of R tokens from token `first` of a chunk; a and b point at the chunk's first token."""
+    r = first + tl.arange(0, R)
+    valid = r < left
+    x = tl.load(a + r * a_st, mask=valid, other=0.0).to(tl.float32) + tl.load(dt_bias + i_h).to(tl.float32)
+    y = tl.load(b + r * b_st, mask=valid, other=0.0).to(tl.float32)
+    g = -exp_fp32(tl.load(A_log + i_h).to(tl.float32)) * softplus_fp32(x)
+    # exp(-40) = 4e-18 is nothing beside fp32 rounding, and without larger steps a chunk's running sum keeps the small
+    # ones after them to 2e-4.
+    g = tl.maximum(g, -40.0)
+    # Rows past the end neither decay nor write: the state passes them unchanged.
+    return tl.where(valid, g, 0.0), tl.where(valid, BETA_MAX * sigmoid_fp32(y), 0.0)
+
+
+@triton.jit
+def inverse_16(A):
+    """(I + A)^-1 for A [16, 16] strictly lower triangular, row by row in fp32."""
+    i = tl.arange(0, 16)
+    X = -A
+    for row in range(2, 16):
+        new = -tl.sum(tl.where(i[:, None] == row, A, 0.0), 0)
+        new += tl.sum(new[:, None] * X, 0)
+        X = tl.where(i[:, None] == row, new[None, :], X)
+    return X + tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+
+
+@triton.jit
+def normalised_rows(x, stride, left, eps, C: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, K: tl.constexpr):
+    """C rows of q or k over their norms, in fp32, and 1 / norms."""
+    x0 = load_tile(x, stride, left, 0, C, KA, K).to(tl.float32)
+    x1 = load_tile(x, stride, left, KA, C, KB, K).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1) + eps)
+    return x0 * rstd[:, None], x1 * rstd[:, None], rstd
+
+
+@triton.jit(do_not_specialize=["T"])
+def diagonal_kernel(
+    k_in, a_in, b_in, A_log, dt_bias, diagonal_out, bounds, chunk_doc, chunk_start, T, eps,
+    k_sb, k_st, k_sh, a_sb, a_st, b_sb, b_st,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr,
+    L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Inverse of one 32 x 32 diagonal block of I + N diag(beta), for one warp: nothing here waits for another warp.
+
+    Forward substitution in two 16 x 16 blocks, then their merge. A Neumann series over the whole chunk would overflow
+    for correlated keys with beta near 2. diagonal_out is [NC, H, 2, 32, 32] fp32.
+    """
+    half = tl.program_id(0) % 2
+    i_h = (tl.program_id(0) // 2) % H
+    i_c = tl.program_id(0) // (2 * H)
+    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    if t0 >= length:
+        return
+    left = length - t0 - half * 32
+    dtype = k_in.dtype.element_ty
+    token = bos + t0 + half * 32
+    a = a_in + b * a_sb + token * a_st + i_h
+    bb = b_in + b * b_sb + token * b_st + i_h
+    g0, beta0 = gate_and_strength(a, bb, a_st, b_st, A_log, dt_bias, 0, left, i_h, 16, BETA_MAX)
+    g1, beta1 = gate_and_strength(a, bb, a_st, b_st, A_log, dt_bias, 16, left, i_h, 16, BETA_MAX)
+    k = k_in + b * k_sb + token * k_st + (i_h // GROUP).to(tl.int64) * k_sh
+    if L2NORM:
+        u0, u1, _ = normalised_rows(k, k_st, left, eps, 16, KA, KB, K)
+        l0, l1, _ = normalised_rows(k + 16 * k_st, k_st, left - 16, eps, 16, KA, KB, K)
+        u0, u1, l0, l1 = u0.to(dtype), u1.to(dtype), l0.to(dtype), l1.to(dtype)
+    else:
+        u0 = load_tile(k, k_st, left, 0, 16, KA, K)
+        u1 = load_tile(k, k_st, left, KA, 16, KB, K)
+        l0 = load_tile(k + 16 * k_st, k_st, left - 16, 0, 16, KA, K)
+        l1 = load_tile(k + 16 * k_st, k_st, left - 16, KA, 16, KB, K)
+    i = tl.arange(0, 16)
+    below = i[:, None] > i[None, :]
+    G0 = tl.cumsum(g0, 0)
+    G1 = tl.cumsum(g1, 0)
+    # Every exponent is of a sum of g <= 0 between two tokens; above the diagonal it is replaced before exp.
+    upper = tl.where(below, exp_fp32(tl.where(below, G0[:, None] - G0[None, :], 0.0)), 0.0)
+    lower = tl.where(below, exp_fp32(tl.where(below, G1[:, None] - G1[None, :], 0.0)), 0.0)
+    across = exp_fp32(G1[:, None] + (tl.sum(g0, 0) - G0)[None, :])
+    A00 = (tl.dot(u0, tl.trans(u0)) + tl.dot(u1, tl.trans(u1))) * upper * beta0[None, :]
+    A11 = (tl.dot(l0, tl.trans(l0)) + tl.dot(l1, tl.trans(l1))) * lower * beta1[None, :]
+    A10 = (tl.dot(l0, tl.trans(u0)) + tl.dot(l1, tl.trans(u1))) * across * beta0[None, :]
+    X00, X11 = inverse_16(A00), inverse_16(A11)
+    X10 = -tl.dot(X11, tl.dot(A10, X00, input_precision=PRECISION), input_precision=PRECISION)
+    out = diagonal_out + ((i_c.to(tl.int64) * H + i_h) * 2 + half) * 1024 + i[:, None] * 32 + i[None, :]
+    tl.store(out, X00)
+    tl.store(out + 16, tl.zeros([16, 16], dtype=tl.float32))
+    tl.store(out + 512, X10)
+    tl.store(out + 528, X11)
+
+
+@triton.jit(do_not_specialize=["T"])
+def prepare_kernel(
+    q_in, k_in, a_in, b_in, A_log, dt_bias, diagonal_in,
+    q_out, k_out, scaled_out, rstd_q, rstd_k, G_out, beta_out, Tb_out, P_out,
+    bounds, chunk_doc, chunk_start, T, scale, eps, q_sb, q_st, q_sh, k_sb, k_st, k_sh, a_sb, a_st, b_sb, b_st,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr,
+    L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, SOLVE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P of one chunk of one value head, and G, beta and Tb with SOLVE. Without it, for the backward: scale exp(G) q.
+
+    L2NORM reads raw q and k where the projection left them, and writes them normalised as [B * T, Hk, K] rows.
+    """
+    i_c = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    i_k = i_h // GROUP
+    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    if t0 >= length:
+        return
+    left = length - t0
+    row = b * T + bos + t0
+    Hk: tl.constexpr = H // GROUP
+    dtype = P_out.dtype.element_ty
+    r = tl.arange(0, C)
+    q = q_in + b * q_sb + (bos + t0) * q_st + i_k.to(tl.int64) * q_sh
+    k = k_in + b * k_sb + (bos + t0) * k_st + i_k.to(tl.int64) * k_sh
+    if L2NORM:
+        q0, q1, rq = normalised_rows(q, q_st, left, eps, C, KA, KB, K)
+        k0, k1, rk = normalised_rows(k, k_st, left, eps, C, KA, KB, K)
+        q0, q1, k0, k1 = q0.to(dtype), q1.to(dtype), k0.to(dtype), k1.to(dtype)
+        first = tl.where(i_h % GROUP == 0, left, 0)  # value heads that share a key head write it once
+        scalars = (i_c.to(tl.int64) * Hk + i_k) * C + r
+        tl.store(rstd_q + scalars, rq, mask=r < first)
+        tl.store(rstd_k + scalars, rk, mask=r < first)
+        out = (row * Hk + i_k) * K
+        store_tile(q_out + out, q0, Hk * K, first, 0, C, KA, K)
+        store_tile(q_out + out, q1, Hk * K, first, KA, C, KB, K)
+        store_tile(k_out + out, k0, Hk * K, first, 0, C, KA, K)
+        store_tile(k_out + out, k1, Hk * K, first, KA, C, KB, K)
+    else:
+        q0 = load_tile(q, q_st, left, 0, C, KA, K)
+        q1 = load_tile(q, q_st, left, KA, C, KB, K)
+        k0 = load_tile(k, k_st, left, 0, C, KA, K)
+        k1 = load_tile(k, k_st, left, KA, C, KB, K)
+    chunk = i_c.to(tl.int64) * H + i_h
+    if SOLVE:
+        a = a_in + b * a_sb + (bos + t0) * a_st + i_h
+        bb = b_in + b * b_sb + (bos + t0) * b_st + i_h
+        g, beta = gate_and_strength(a, bb, a_st, b_st, A_log, dt_bias, 0, left, i_h, C, BETA_MAX)
+        G = tl.cumsum(g, 0)
+        tl.store(G_out + chunk * C + r, G)
+        tl.store(beta_out + chunk * C + r, beta)
+    else:
+        G = tl.load(G_out + chunk * C + r)
+        decay = (scale * exp_fp32(G))[:, None]
+        out = scaled_out + (row * H + i_h) * K
+        store_tile(out, q0.to(tl.float32) * decay, H * K, left, 0, C, KA, K)
+        store_tile(out, q1.to(tl.float32) * decay, H * K, left, KA, C, KB, K)
+    i, j = r[:, None], r[None, :]
+    decay = tl.where(i >= j, exp_fp32(tl.where(i >= j, G[:, None] - G[None, :], 0.0)), 0.0)
+    square = chunk * C * C + i * C + j
+    P = tl.dot(q0, tl.trans(k0)) + tl.dot(q1, tl.trans(k1))
+    tl.store(P_out + square, (P * decay * scale).to(dtype))
+    if SOLVE:
+        M = (tl.dot(k0, tl.trans(k0)) + tl.dot(k1, tl.trans(k1))) * decay * beta[None, :]
+        M = tl.where(i // 32 > j // 32, M, 0.0)
+        blocks = diagonal_in + chunk * 2048 + i * 32 + j % 32
+        X = tl.load(blocks, mask=i // 32 == j // 32, other=0.0)
+        X -= tl.dot(tl.dot(X, M, input_precision=PRECISION), X, input_precision=PRECISION)
+        tl.store(Tb_out + square, X.to(dtype))

@@ -1,0 +1,238 @@
+"""Time the Gated DeltaNet kernels beside flash-linear-attention's, alternating in one process, on this GPU.
+
+Prints one line per measurement: median and spread in milliseconds, the time of the kernels alone (what counts when
+the host runs ahead), bytes and FLOPs that the mathematics needs, what
+fraction of this GPU's measured copy and matmul rates that is, and peak memory. --json writes the same as a file.
+flash-linear-attention is timed when installed. Its backward refuses Hopper with triton 3.4 to 3.7.0 (its issue #640:
+gradients of the gate are wrong there); --force-fla-backward switches that check off in this process, which leaves its
+time valid and those gradients not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hybrid.kernels import gated_delta
+
+Run = Callable[[], Any]
+
+
+class Case:
+    """One shape: inputs of both implementations, as leaves."""
+
+    def __init__(self, B: int, T: int, H: int, K: int, V: int, packed: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def rand(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device="cuda")
+
+        self.B, self.T, self.H, self.K, self.V = B, T, H, K, V
+        self.D = 2 * H * K + H * V
+        self.cu_seqlens = None
+        if packed:
+            self.cu_seqlens = torch.arange(packed + 1, device="cuda", dtype=torch.int32) * (T // packed)
+        self.qkvz = rand(B, T, self.D + H * V).bfloat16().requires_grad_()
+        self.ab = rand(B, T, 2 * H).bfloat16().requires_grad_()
+        self.conv_weight = (0.3 * rand(self.D, 4)).bfloat16().requires_grad_()
+        self.A_log = rand(H).uniform_(0.05, 16, generator=generator).log().requires_grad_()
+        dt = rand(H).uniform_(-6.9, -2.3, generator=generator).exp()
+        self.dt_bias = (dt + torch.log(-torch.expm1(-dt))).requires_grad_()
+        self.norm_weight = torch.ones(V, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        self.dy = rand(B, T, H, V).bfloat16()
+        # What flash-linear-attention's layer holds: tensors of their own. Making them is not timed.
+        self.parts = [x.detach().contiguous() for x in self.qkvz.split([H * K, H * K, H * V, H * V], dim=-1)]
+        self.parts = [x.unflatten(2, (H, -1)).requires_grad_() for x in self.parts]
+        self.qkv = self.qkvz.detach()[..., : self.D].contiguous().requires_grad_()
+        self.a, self.b = (x.detach().contiguous().requires_grad_() for x in self.ab.chunk(2, dim=-1))
+
+    def ours_op(self, every: int) -> tuple[Run, list[Tensor]]:
+        q, k, v = self.parts[:3]
+        leaves = [q, k, v, self.a, self.b, self.A_log, self.dt_bias]
+        return lambda: gated_delta.gated_delta_rule(*leaves, cu_seqlens=self.cu_seqlens, states_every=every)[0], leaves
+
+    def ours_mixer(self, every: int) -> tuple[Run, list[Tensor]]:
+        leaves = [self.qkvz, self.ab, self.conv_weight, self.A_log, self.dt_bias, self.norm_weight]
+        sizes = {"num_key_heads": self.H, "num_value_heads": self.H, "key_dim": self.K, "value_dim": self.V}
+        options: dict[str, Any] = sizes | {"cu_seqlens": self.cu_seqlens, "states_every": every}
+        return lambda: gated_delta.mixer_core(*leaves, **options)[0].view(self.dy.shape), leaves
+
+    def fla_op(self) -> tuple[Run, list[Tensor]]:
+        q, k, v = self.parts[:3]
+        leaves = [q, k, v, self.a, self.b, self.A_log, self.dt_bias]
+        return lambda: gated_delta.gated_delta_rule(*leaves, cu_seqlens=self.cu_seqlens, backend="fla")[0], leaves
+
+    def fla_mixer(self) -> tuple[Run, list[Tensor]]:
+        from fla.modules.causal_conv1d import causal_conv1d
+        from fla.modules.norm.fused_norm_gate import rms_norm_gated
+
+        H, K, V, z = self.H, self.K, self.V, self.parts[3]
+        leaves = [self.qkv, z, self.a, self.b, self.conv_weight, self.A_log, self.dt_bias, self.norm_weight]
+
+        def run() -> Tensor:
+            x, _ = causal_conv1d(x=self.qkv, weight=self.conv_weight, activation="silu", cu_seqlens=self.cu_seqlens)
+            q, k, v = (y.unflatten(2, (H, -1)) for y in x.split([H * K, H * K, H * V], dim=-1))
+            o, _ = gated_delta.gated_delta_rule(
+                q, k, v, self.a, self.b, self.A_log, self.dt_bias, cu_seqlens=self.cu_seqlens, backend="fla"
+            )
+            return rms_norm_gated(o, z, self.norm_weight, None, activation="swish", eps=1e-5)
+
+        return run, leaves
+
+    def needs(self, kind: str) -> tuple[float, float]:
+        """(bytes, FLOPs) that the mathematics needs, states neither saved nor read: inputs once, outputs once."""
+        tokens, H, K, V = self.B * self.T, self.H, self.K, self.V
+        qk, v, chunks = 2 * tokens * H * 2 * K, 2 * tokens * H * V, tokens / 64 * H
+        big, by_v, by_k = 2 * 64 * K * V, 2 * 64 * 64 * V, 2 * 64 * 64 * K
+        forward = chunks * (3 * big + 2 * by_v + 2 * by_k)
+        backward = chunks * (7 * big + 5 * by_v + 5 * by_k)
+        qkv = qk + v
+        sizes = {
+            "op forward": (qkv + v, forward),
+            "op forward + backward": (qkv + v + qkv + v + qkv, forward + backward),  # dO in, dQ, dK, dV out
+            "mixer forward": (qkv + 2 * v, forward),
+            "mixer forward + backward": (qkv + 2 * v + qkv + 2 * v + qkv + v, forward + backward),
+        }
+        return sizes[kind]
+
+
+def alternate(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each, taking turns, after two rounds of warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(repeats + 2):
+        for name, run in runs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            if i >= 2:
+                times[name].append(start.elapsed_time(end))
+    return times
+
+
+def ceilings() -> tuple[float, float]:
+    """(bytes per second of a large copy, read plus written; FLOP per second of a large bf16 product)."""
+    x, y = (torch.empty(2**31, dtype=torch.int8, device="cuda") for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = alternate({"copy": lambda: y.copy_(x), "matmul": lambda: a @ b}, 10)
+    copy, matmul = (sorted(times[name])[5] / 1e3 for name in ("copy", "matmul"))
+    return 2 * 2**31 / copy, 2 * 8192**3 / matmul
+
+
+def with_backward(forward: Run, leaves: list[Tensor], dy: Tensor) -> Run:
+    return lambda: torch.autograd.grad(forward(), leaves, dy)
+
+
+def without_grad(forward: Run) -> Run:
+    def run() -> None:
+        with torch.no_grad():
+            forward()
+
+    return run
+
+
+def peak_bytes(run: Run) -> int:
+    """Memory the run needs on top of what is allocated before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def device_ms(run: Run, repeats: int = 5) -> float:
+    """Time of its kernels alone, without the gaps in which the GPU waits for the host."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.time_range.elapsed_us() for e in events) / repeats / 1e3
+
+
+def measure(case: Case, with_fla: bool, every: int, repeats: int, rates: tuple[float, float]) -> list[dict[str, Any]]:
+    lines = []
+    for part in ("op", "mixer"):
+        makers = {"ours": getattr(case, f"ours_{part}")(0)}
+        if every:
+            makers[f"ours, every {every}"] = getattr(case, f"ours_{part}")(every)
+        if with_fla:
+            makers["fla"] = getattr(case, f"fla_{part}")()
+        for kind in ("forward", "forward + backward"):
+            if kind == "forward":
+                runs = {name: without_grad(run) for name, (run, _) in makers.items()}
+            else:
+                runs = {name: with_backward(run, leaves, case.dy) for name, (run, leaves) in makers.items()}
+            needed_bytes, flops = case.needs(f"{part} {kind}")
+            for name, times in alternate(runs, repeats).items():
+                times.sort()
+                median, kernels = times[len(times) // 2], device_ms(runs[name])
+                lines.append(
+                    {
+                        "what": f"{part} {kind}", "who": name, "B": case.B, "T": case.T,
+                        "packed": case.cu_seqlens is not None, "ms": median, "kernels_ms": kernels,
+                        "ms_min": times[0], "ms_max": times[-1], "needed_bytes": needed_bytes, "flops": flops,
+                        "of_copy": needed_bytes / rates[0] / (kernels / 1e3),
+                        "of_matmul": flops / rates[1] / (kernels / 1e3),
+                        "peak_bytes": peak_bytes(runs[name]),
+                    }
+                )  # fmt: skip
+    return lines
+
+
+def force_fla_backward() -> None:
+    import fla.ops.common.chunk_o as chunk_o
+
+    chunk_o.TRITON_ABOVE_3_7_1 = True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, default=30)
+    parser.add_argument("--key-dim", type=int, default=96)
+    parser.add_argument("--value-dim", type=int, default=192)
+    parser.add_argument("--shapes", nargs="+", default=["1x8192", "2x8192", "1x65536", "8x1024packed"], help="BxT")
+    parser.add_argument("--states-every", type=int, default=4, help="also time ours with every n-th state kept; 0: not")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--force-fla-backward", action="store_true", help="see above")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no GPU here: these are timings of kernels")
+    with_fla = importlib.util.find_spec("fla") is not None
+    if with_fla and args.force_fla_backward:
+        force_fla_backward()
+    rates = ceilings()
+    print(f"{torch.cuda.get_device_name()}: copy {rates[0] / 1e12:.2f} TB/s, bf16 matmul {rates[1] / 1e12:.0f} TFLOP/s")
+    lines: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        B, T = (int(x) for x in shape.removesuffix("packed").split("x"))
+        packed = B if shape.endswith("packed") else 0
+        case = Case(1 if packed else B, B * T if packed else T, args.heads, args.key_dim, args.value_dim, packed)
+        for line in measure(case, with_fla, args.states_every, args.repeats, rates):
+            print(
+                f"{shape:>13} {line['what']:<24} {line['who']:<14} {line['ms']:8.3f} ms "
+                f"({line['ms_min']:.3f} to {line['ms_max']:.3f})  kernels {line['kernels_ms']:7.3f} ms  "
+                f"copy {line['of_copy']:4.0%} matmul {line['of_matmul']:4.0%}  "
+                f"peak {line['peak_bytes'] / 2**30:.2f} GiB",
+                flush=True,
+            )
+            lines.append(line)
+        del case
+        torch.cuda.empty_cache()
+    if args.json:
+        args.json.write_text(json.dumps({"copy": rates[0], "matmul": rates[1], "lines": lines}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

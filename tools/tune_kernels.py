@@ -1,0 +1,150 @@
+"""Find launch configurations of the Gated DeltaNet kernels, or report what they compile to.
+
+--report   needs no GPU: registers, stack, shared memory, occupancy and matrix instructions of every kernel of an
+           entry, for Hopper (sm_90) and Blackwell (sm_100)
+otherwise  needs the GPU to tune for: tries configurations kernel by kernel, keeps the fastest that agrees with the
+           reference and gives the same bits twice, and prints an entry for kernels/configs.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+from megatron_hybrid.kernels.configs import DEFAULTS, TABLE, Launch, trial
+
+#: Tried for each kernel besides the default. Columns stay at 64 where a matrix product wants 64 rows.
+CANDIDATES = {
+    "conv": [Launch(4, 1, 64), Launch(8, 1, 64), Launch(4, 1, 128)],
+    "diagonal": [Launch(1, 1)],
+    "prepare": [Launch(4, 1), Launch(8, 1)],
+    "scan": [Launch(4, 2, 64), Launch(4, 3, 64), Launch(4, 4, 64)],
+    "output": [Launch(4, 1, 64), Launch(4, 2, 64), Launch(8, 1, 64)],
+    "norm_backward": [Launch(4, 1, 16), Launch(8, 1, 16), Launch(8, 1, 32)],
+    "adjoint_scan": [Launch(4, 2, 64), Launch(4, 3, 64)],
+    "gradients": [Launch(8, 1, 64), Launch(8, 2, 64), Launch(8, 3, 64)],
+    "conv_backward": [Launch(1, 1, 64), Launch(1, 1, 128), Launch(1, 1, 256), Launch(2, 1, 256)],
+}
+
+
+def mixer(H: int, K: int, V: int, T: int, device: str) -> Callable[[], Any]:
+    """Forward and backward of one mixer core and one delta rule."""
+    from megatron_hybrid.kernels.triton_autograd import DeltaRule, MixerCore, Options
+
+    D = 2 * H * K + H * V
+    bf16: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
+    qkvz, ab = torch.randn(1, T, D + H * V, **bf16), torch.randn(1, T, 2 * H, **bf16)
+    weight, norm = 0.3 * torch.randn(D, 4, **bf16), torch.ones(V, **bf16)
+    A_log, dt_bias = torch.zeros(H, device=device), torch.full((H,), -3.0, device=device)
+    dy = torch.randn(1, T, H, V, **bf16)
+
+    def run() -> None:
+        x, gates = qkvz.detach().requires_grad_(), ab.detach().requires_grad_()
+        y, _ = MixerCore.apply(
+            x, gates, weight, A_log, dt_bias, norm, None, None, (H, H, K, V), Options(K**-0.5), None, False
+        )
+        torch.autograd.grad(y, [x, gates], dy)
+        q, k, v = (part.unflatten(2, (H, -1)) for part in x[..., :D].split([H * K, H * K, H * V], dim=-1))
+        a, b = gates.chunk(2, dim=-1)
+        o, _ = DeltaRule.apply(q, k, v, a, b, A_log, dt_bias, None, Options(K**-0.5), None, False)
+        torch.autograd.grad(o, [x], dy)
+
+    return run
+
+
+def report(H: int, K: int, V: int, targets: list[int]) -> None:
+    """Compile every launch of one call for each target and print what it takes."""
+    from megatron_hybrid.kernels.inspection import compile_for, recording, resources
+
+    entry = TABLE.get(("sm_90", "3.6", K, V), DEFAULTS)
+    with recording(**entry) as launches:
+        mixer(H, K, V, 128, "cpu")()
+    print(f"triton {triton.__version__}, K = {K}, V = {V}")
+    print(
+        f"{'kernel':<14} {'target':>7} {'warps':>5} {'stages':>6} "
+        f"{'regs':>5} {'stack':>6} {'shared':>7} {'warps/SM':>8}"
+    )
+    seen = set()
+    for launch in launches:
+        for target in targets:
+            compiled = compile_for(launch, target)
+            if (launch.name, compiled.hash) in seen:
+                continue
+            seen.add((launch.name, compiled.hash))
+            used = resources(compiled)
+            warps = launch.options["num_warps"] or 1
+            # Registers are given to warps 256 at a time, 65,536 to a multiprocessor; 227 KiB of shared memory.
+            by_registers = 65536 // (max(used.registers, 1) * 32 * warps)
+            by_shared = 232448 // max(used.shared_bytes + 1024, 1)
+            resident = min(by_registers, by_shared, 32, 64 // warps) * warps
+            shapes = ", ".join(f"{name} x{count}" for name, count in sorted(used.instructions.items()))
+            print(
+                f"{launch.name:<14} {f'sm_{target}':>7} {warps:>5} {launch.options['num_stages']:>6} "
+                f"{used.registers:>5} {used.stack_bytes:>6} {used.shared_bytes:>7} {resident:>8}  {shapes}"
+            )
+
+
+def passes(K: int, V: int, launches: dict[str, Launch]) -> str:
+    """What is wrong with these launches on this GPU, or nothing."""
+    from megatron_hybrid.kernels.self_test import TOLERANCES, kernel_errors
+
+    try:
+        with trial(**launches):
+            errors = kernel_errors(K, V, torch.device("cuda"), T=1000)
+            mixer(4, K, V, 1000, "cuda")()
+            torch.cuda.synchronize()
+    except (RuntimeError, triton.runtime.errors.OutOfResources) as problem:
+        return str(problem).splitlines()[0]
+    return "; ".join(f"{name} {e:.4f}" for name, e in errors.items() if not e <= TOLERANCES[name])
+
+
+def tune(H: int, K: int, V: int, T: int) -> None:
+    """One kernel after the other, each with the best of those before it."""
+    best = dict(DEFAULTS)
+    run = mixer(H, K, V, T, "cuda")
+    for kernel, candidates in CANDIDATES.items():
+        timed = []
+        for candidate in candidates:
+            launches = best | {kernel: candidate}
+            problem = passes(K, V, launches)
+            if problem:
+                print(f"{kernel:<14} {tuple(candidate)}  refused: {problem}", flush=True)
+                continue
+            with trial(**launches):
+                milliseconds = triton.testing.do_bench(run, warmup=20, rep=100, return_mode="median")
+            print(f"{kernel:<14} {tuple(candidate)}  {milliseconds:.3f} ms in all", flush=True)
+            timed.append((milliseconds, candidate))
+        if not timed:
+            raise SystemExit(f"no configuration of {kernel} passes: use the reference backend for K = {K}, V = {V}")
+        best[kernel] = min(timed)[1]
+    major, minor = torch.cuda.get_device_capability()
+    version = ".".join(triton.__version__.split(".")[:2])
+    print(f'("sm_{major}{minor}", "{version}", {K}, {V}): {{')
+    for kernel, launch in best.items():
+        print(f'    "{kernel}": {launch},')
+    print(f"}},  # {torch.cuda.get_device_name()}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="compile and report instead of tuning")
+    parser.add_argument("--heads", type=int, default=30)
+    parser.add_argument("--key-dim", type=int, default=96)
+    parser.add_argument("--value-dim", type=int, default=192)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--targets", type=int, nargs="+", default=[90, 100], help="compute capabilities to report on")
+    args = parser.parse_args()
+    if args.report:
+        report(args.heads, args.key_dim, args.value_dim, args.targets)
+    elif torch.cuda.is_available():
+        tune(args.heads, args.key_dim, args.value_dim, args.tokens)
+    else:
+        parser.error("no GPU here to tune for; --report needs none")
+
+
+if __name__ == "__main__":
+    main()
