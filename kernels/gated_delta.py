@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_hybrid.kernels import reference
 
+PassStates = reference.PassStates
 BACKENDS = ("triton", "reference", "fla")
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def mixer_core(
     num_key_heads: int, num_value_heads: int, key_dim: int, value_dim: int, allow_neg_eigval: bool = True,
     norm_eps: float = 1e-5, cu_seqlens: Tensor | None = None, conv_halo: Tensor | None = None,
     initial_state: Tensor | None = None, output_final_state: bool = False, states_every: int = 0,
-    backend: str | None = None,
+    pass_states: PassStates | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Everything of a mixer between its projections: conv + SiLU, l2norm, gates, delta rule, gated RMSNorm.
 
@@ -120,6 +121,7 @@ def mixer_core(
         conv_weight: [D, W] or [D, 1, W], W <= 4. norm_weight: [V].
         conv_halo: [N, D, W - 1], the inputs before each document, oldest first; zeros if None.
         initial_state, output_final_state, cu_seqlens, states_every, allow_neg_eigval: as in `gated_delta_rule`.
+        pass_states: for documents that other ranks share (`PassStates`); then there is no initial_state.
 
     Returns:
         (y [B, T, H V] in the dtype of qkvz, final state [N, H, K, V] fp32 or None). Gradients flow to every tensor,
@@ -137,9 +139,16 @@ def mixer_core(
     W = weight.shape[1]
     if weight.shape[0] != D or not 1 <= W <= 4:
         raise ValueError(f"conv_weight is {tuple(conv_weight.shape)}; it must be [{D}, W] with W from 1 to 4")
+    if pass_states is not None and (initial_state is not None or output_final_state):
+        raise ValueError("pass_states brings the initial states and takes the final ones; give neither, ask for neither")
     name = choose_backend(backend, qkvz)
     if name == "fla":
-        raise RuntimeError("backend fla has no mixer core; use triton or reference")
+        if conv_halo is not None or pass_states is not None:
+            raise RuntimeError("backend fla cannot share a sequence between ranks; use triton, or exchange heads")
+        return _fla_mixer(
+            qkvz, ab, weight, A_log, dt_bias, norm_weight, (Hk, H, K, V), allow_neg_eigval, norm_eps, cu_seqlens,
+            initial_state, output_final_state,
+        )  # fmt: skip
     if name == "triton" and qkvz.numel():
         from megatron_hybrid.kernels.triton_autograd import MixerCore, Options, with_unit_stride
 
@@ -148,18 +157,21 @@ def mixer_core(
         y, final = MixerCore.apply(
             with_unit_stride(qkvz), with_unit_stride(ab), F.pad(weight, (4 - W, 0)).contiguous(), A_log, dt_bias,
             norm_weight, halo, _fp32(initial_state), (Hk, H, K, V), options, cu_seqlens, output_final_state,
+            pass_states,
         )  # fmt: skip
         return y.flatten(2), final
     x = reference.causal_conv_silu(qkvz[..., :D], weight, cu_seqlens=cu_seqlens, initial_state=conv_halo)
     q, k, v = x.split([Hk * K, Hk * K, H * V], dim=-1)
-    a, b = ab.chunk(2, dim=-1)
-    o, final = gated_delta_rule(
-        q.unflatten(2, (Hk, K)), k.unflatten(2, (Hk, K)), v.unflatten(2, (H, V)), a, b, A_log, dt_bias,
-        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-        allow_neg_eigval=allow_neg_eigval, backend="reference",
+    q, k = (reference.l2norm(y.unflatten(2, (Hk, K))) for y in (q, k))
+    gates = reference.gates(*ab.chunk(2, dim=-1), A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
+    o, last = reference.gated_delta_rule_chunked(
+        q, k, v.unflatten(2, (H, V)), *gates, initial_state=initial_state, cu_seqlens=cu_seqlens,
+        pass_states=pass_states,
     )  # fmt: skip
+    final = last if output_final_state else None
     if qkvz.shape[-1] == D:
-        return F.rms_norm(o.float(), (V,), norm_weight.float(), norm_eps).to(o.dtype).flatten(2), final
+        wide = torch.promote_types(o.dtype, torch.float32)
+        return F.rms_norm(o.to(wide), (V,), norm_weight.to(wide), norm_eps).to(o.dtype).flatten(2), final
     return reference.gated_rms_norm(o, qkvz[..., D:].unflatten(2, (H, V)), norm_weight, norm_eps).flatten(2), final
 
 
@@ -248,6 +260,34 @@ def _check_delta(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, cu_seqle
 
 def _fp32(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.float().contiguous()
+
+
+def _fla_mixer(
+    qkvz: Tensor, ab: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor,
+    heads: tuple[int, int, int, int], allow_neg_eigval: bool, norm_eps: float, cu_seqlens: Tensor | None,
+    initial_state: Tensor | None, output_final_state: bool,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """The mixer core as flash-linear-attention's own layer puts its kernels together."""
+    from fla.modules.causal_conv1d import causal_conv1d
+    from fla.modules.layernorm import rms_norm
+    from fla.modules.norm.fused_norm_gate import rms_norm_gated
+
+    Hk, H, K, V = heads
+    D = conv_weight.shape[0]
+    x, _ = causal_conv1d(
+        x=qkvz[..., :D].contiguous(), weight=conv_weight, activation="silu", cu_seqlens=cu_seqlens
+    )
+    q, k, v = x.split([Hk * K, Hk * K, H * V], dim=-1)
+    a, b = (y.contiguous() for y in ab.chunk(2, dim=-1))
+    o, final = gated_delta_rule(
+        q.unflatten(2, (Hk, K)), k.unflatten(2, (Hk, K)), v.unflatten(2, (H, V)), a, b, A_log, dt_bias,
+        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        allow_neg_eigval=allow_neg_eigval, backend="fla",
+    )  # fmt: skip
+    if qkvz.shape[-1] == D:
+        return rms_norm(o, norm_weight, None, eps=norm_eps).flatten(2), final
+    z = qkvz[..., D:].unflatten(2, (H, V)).contiguous()
+    return rms_norm_gated(o, z, norm_weight, None, activation="swish", eps=norm_eps).flatten(2), final
 
 
 def _fla(

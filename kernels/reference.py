@@ -20,11 +20,16 @@ document n being tokens cu_seqlens[n] to cu_seqlens[n + 1]; nothing crosses a do
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+#: Takes the summaries M [N, H, K, K] and S [N, H, K, V] of all documents; the function it returns waits for the
+#: states that enter them, [N, H, K, V], differentiable in M and S.
+PassStates = Callable[[Tensor, Tensor], Callable[[], Tensor]]
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -217,6 +222,7 @@ def gated_delta_rule_chunked(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int = 64,
+    pass_states: PassStates | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same function as `gated_delta_rule_recurrent`, C tokens at a time, in fp32 (fp64 if an input is).
 
@@ -229,6 +235,8 @@ def gated_delta_rule_chunked(
     Args:
         q, k, v, g, beta, scale, initial_state, cu_seqlens: as in `gated_delta_rule_recurrent`; any float dtype.
         chunk_size: C, tokens per chunk; changes speed and rounding only.
+        pass_states: instead of initial_state, for documents that other ranks share: what these do to the state goes
+            out, scores are computed meanwhile, and the scan starts from what came in.
 
     Returns:
         (o [B, T, H, V] in the dtype of v, final_state [N, H, K, V] in fp32, or fp64 if an input is fp64).
@@ -243,11 +251,12 @@ def gated_delta_rule_chunked(
     if B * T == 0:
         return v, states
     terms = _chunk_terms(k, v, g, beta, layout, dtype)
-    entering, new_values, final_state = _scan_states(terms, states, layout)
+    wait = None if pass_states is None else pass_states(*_summary(terms, layout))
     q_chunks = _into_chunks(_to_value_heads(q.to(dtype), H), layout) * (K**-0.5 if scale is None else scale)
+    scores = (q_chunks @ terms.k.mT) * terms.decay
+    entering, new_values, final_state = _scan_states(terms, states if wait is None else wait(), layout)
     from_state = (q_chunks * terms.decay_from_start[..., None]) @ entering
-    from_chunk = ((q_chunks @ terms.k.mT) * terms.decay) @ new_values
-    return _out_of_chunks(from_state + from_chunk, layout, B, T).to(v.dtype), final_state
+    return _out_of_chunks(from_state + scores @ new_values, layout, B, T).to(v.dtype), final_state
 
 
 def shard_summary(
@@ -270,13 +279,10 @@ def shard_summary(
     B, T, H, K, V = _check_delta_rule(k, v, g, beta)
     dtype = _at_least_fp32(k, v, g, beta)
     layout = _chunk_layout(B, T, cu_seqlens, chunk_size, k.device)
-    maps = F.pad(torch.eye(K, dtype=dtype, device=k.device), (0, V)).expand(len(layout.order), H, K, K + V)
-    if B * T > 0:
-        # M and S follow the same recurrence from different starts; M has no values to write.
-        terms = _chunk_terms(k, v, g, beta, layout, dtype)
-        no_values = terms.u.new_zeros(*terms.u.shape[:-1], K)
-        _, _, maps = _scan_states(terms._replace(u=torch.cat([no_values, terms.u], dim=-1)), maps, layout)
-    return maps[..., :K], maps[..., K:]
+    if B * T == 0:
+        identity = torch.eye(K, dtype=dtype, device=k.device).expand(len(layout.order), H, K, K)
+        return identity, identity.new_zeros(len(layout.order), H, K, V)
+    return _summary(_chunk_terms(k, v, g, beta, layout, dtype), layout)
 
 
 def compose(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -356,6 +362,15 @@ def _chunk_terms(
     solved = torch.linalg.solve_triangular(system, written, upper=False, unitriangular=True)
     u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     return _ChunkTerms(k, decay, decay_from_start, u, w)
+
+
+def _summary(terms: _ChunkTerms, layout: _ChunkLayout) -> tuple[Tensor, Tensor]:
+    """As `shard_summary`: M and S follow the same recurrence from different starts; M has no values to write."""
+    H, K, V = terms.k.shape[1], terms.k.shape[-1], terms.u.shape[-1]
+    identity = F.pad(torch.eye(K, dtype=terms.k.dtype, device=terms.k.device), (0, V))
+    widened = terms._replace(u=F.pad(terms.u, (K, 0)))
+    maps = _scan_states(widened, identity.expand(len(layout.order), H, K, K + V), layout)[2]
+    return maps[..., :K], maps[..., K:]
 
 
 def _scan_states(terms: _ChunkTerms, initial_states: Tensor, layout: _ChunkLayout) -> tuple[Tensor, Tensor, Tensor]:

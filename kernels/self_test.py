@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -55,3 +57,16 @@ def self_test(K: int, V: int, device: torch.device | None = None) -> None:
             f"Gated DeltaNet kernels fail their self-test on {torch.cuda.get_device_name(device)}, K = {K}, V = {V}: "
             f"{'; '.join(wrong)}. Train with the reference backend, and report GPU, driver and triton version"
         )
+
+
+@cache
+def before_training(backend: str | None, dtype: torch.dtype, K: int, V: int) -> None:
+    """Gates training on a GPU: the kernels take this dtype, have a checked launch here, and pass their self-test.
+
+    Raises RuntimeError saying which does not hold. Nothing to check without a GPU or with another backend.
+    """
+    if not torch.cuda.is_available() or backend not in (None, "triton"):
+        return
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise RuntimeError(f"--gdn-backend triton: takes bf16 or fp16, not {dtype}; add --bf16, or --gdn-backend reference")
+    self_test(K, V)

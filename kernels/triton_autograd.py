@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_hybrid.kernels import triton_launch as launch
+from megatron_hybrid.kernels.reference import PassStates
 from megatron_hybrid.kernels.triton_launch import Conv, Gates, Options, Problem, Solved, make_problem
 
 
@@ -62,20 +63,34 @@ class MixerCore(torch.autograd.Function):
     """y [B, T, H, V] and the final state from the projections: qkvz [B, T, 2 Hk K + H V (+ H V)] and ab [B, T, 2 H].
 
     Each projection has one gradient tensor: slices given to autograd one by one would be padded and added instead.
+
+    With pass_states each document is a stretch of one that other ranks share. Forward: the stretches' summaries go out,
+    scores are computed meanwhile, and the scan starts from what came in. Backward: a stretch's own gradient of its
+    incoming state goes out, what later stretches send back comes in as the gradient of its final state. Neither needs
+    a gradient through the summaries: seen as a whole it is one recurrence, run once in each direction.
     """
 
     @staticmethod
     def forward(
         ctx: Any, qkvz: Tensor, ab: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor,
         halo: Tensor | None, initial: Tensor | None, heads: tuple[int, int, int, int], options: Options,
-        cu_seqlens: Tensor | None, want_final: bool,
+        cu_seqlens: Tensor | None, want_final: bool, pass_states: PassStates | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         q, _, v, z = split_projection(qkvz, heads)
         problem = make_problem(q, v, options, cu_seqlens)
         a, b = ab.chunk(2, dim=-1)
         gates, conv = Gates(a, b, A_log, dt_bias), Conv(conv_weight, halo)
         x = qkvz[..., : conv_weight.shape[0]]
-        made, solved = launch.prepare(problem, (x, x, x), gates, conv)
+        made, solved = launch.prepare(problem, (x, x, x), gates, conv, with_scores=pass_states is None)
+        ctx.passed = None
+        if pass_states is not None:
+            M, S = launch.summary(problem, made, solved)
+            with torch.enable_grad():
+                wait = pass_states(M, S.requires_grad_())
+            launch.score(problem, made, solved, gates)  # meanwhile
+            with torch.enable_grad():
+                incoming = wait()
+            ctx.passed, initial = (incoming, S), incoming.detach().contiguous()
         states = launch.scan(problem, made, solved, initial=initial, want_final=want_final)
         y = launch.output(problem, made, solved, states, z, norm_weight)
         ctx.save_for_backward(qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, initial, *solved, states.kept)
@@ -101,21 +116,28 @@ class MixerCore(torch.autograd.Function):
         do = launch.output(problem, made, solved, states, None, None)  # o, until its gradient takes its place
         dnorm = launch.norm_backward(problem, do, z, norm_weight, dy, dz)
         dfinal = None if dfinal is None else dfinal.contiguous()
-        adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal, want_dinitial=ctx.needs_input_grad[7])
+        want_dinitial = ctx.needs_input_grad[7]
+        if ctx.passed is not None:
+            incoming, S = ctx.passed
+            own = launch.adjoint_scan(problem, made, solved, do, None, want_dinitial=True, store=False).dinitial
+            # The chain is linear in S, and its transpose carries what each stretch sends back to the ones before it.
+            (dfinal,) = torch.autograd.grad(incoming, S, own)
+        adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal, want_dinitial=want_dinitial)
         g = launch.gradients(problem, made, solved, states, adjoint, do, gates, *dab.chunk(2, dim=-1))
         dx = dqkvz[..., : conv_weight.shape[0]]
         dweight, dhalo = launch.conv_backward(problem, x, conv, g.dq, g.dk, adjoint.dr, dx)
         return (
             dqkvz, dab, dweight.to(conv_weight.dtype), g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype),
             dnorm.to(norm_weight.dtype), None if halo is None or dhalo is None else dhalo.to(halo.dtype),
-            adjoint.dinitial, None, None, None, None,
+            adjoint.dinitial, None, None, None, None, None,
         )  # fmt: skip
 
 
 class Summary(torch.autograd.Function):
     """The state after a stretch of tokens as an affine function of the state before: [M | S] [N, H, K, K + V].
 
-    M is what the same recurrence makes of the identity with no values, so it is carried as K further columns of V.
+    M is what the same recurrence makes of the identity with no values. The backward carries it as K further columns
+    of V.
     """
 
     @staticmethod
@@ -123,15 +145,12 @@ class Summary(torch.autograd.Function):
         ctx: Any, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, options: Options,
         cu_seqlens: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        widened, initial = Summary.widen(k, v, 1 if cu_seqlens is None else len(cu_seqlens) - 1)
-        problem = make_problem(k, widened, options, cu_seqlens)
+        problem = make_problem(k, v, options, cu_seqlens)
         gates = Gates(a, b, A_log, dt_bias)
-        made, solved = launch.prepare(problem, (k, k, widened), gates, None)
-        states = launch.scan(problem, made, solved, initial=initial, want_final=True)
-        ctx.save_for_backward(k, v, *gates, *solved, states.kept)
+        made, solved = launch.prepare(problem, (k, k, v), gates, None, with_scores=False)
+        ctx.save_for_backward(k, v, *gates, *solved)
         ctx.problem = problem
-        assert states.final is not None
-        return states.final
+        return torch.cat(launch.summary(problem, made, solved), dim=-1)
 
     @staticmethod
     def widen(k: Tensor, v: Tensor, documents: int) -> tuple[Tensor, Tensor]:
@@ -144,12 +163,13 @@ class Summary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        k, v, a, b, A_log, dt_bias, G, beta, Tb, kept = ctx.saved_tensors
-        problem: Problem = ctx.problem
+        k, v, a, b, A_log, dt_bias, G, beta, Tb = ctx.saved_tensors
+        narrow: Problem = ctx.problem
+        problem = narrow._replace(V=narrow.K + narrow.V)
         gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb)
         widened, initial = Summary.widen(k, v, problem.layout.N // problem.B)
         made, _ = launch.prepare(problem, (k, k, widened), gates, None, solved)
-        states = launch.scan(problem, made, solved, initial=initial, kept=kept)
+        states = launch.scan(problem, made, solved, initial=initial)
         do = torch.zeros_like(widened)
         adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal.contiguous(), want_dinitial=False)
         da, db = torch.empty(2, *a.shape, dtype=a.dtype, device=a.device)

@@ -108,12 +108,12 @@ def adjoint_scan_kernel(
     bounds, chunk_start, T, do_sb, do_st, do_sh,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DFINAL: tl.constexpr, DINITIAL: tl.constexpr, PACKED: tl.constexpr,
+    DFINAL: tl.constexpr, DINITIAL: tl.constexpr, STORE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Backward through a document, last chunk first; BV columns of V per program, everything transposed.
 
-    scaled_q [B * T, H, K] is scale exp(G) q. Writes ds [NC, H, V, K], the gradient of the state leaving each chunk,
-    and dr [B * T, H, V], the gradient of v.
+    scaled_q [B * T, H, K] is scale exp(G) q. With STORE writes ds [NC, H, V, K], the gradient of the state leaving each
+    chunk, and dr [B * T, H, V], the gradient of v; with DINITIAL that of the state entering the document.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -156,12 +156,14 @@ def adjoint_scan_kernel(
         G = tl.load(G_row + r)
         G_end = tl.load(G_row + C - 1)
         d0_low, d1_low = d0.to(dtype), d1.to(dtype)
-        store_state(ds, d0_low, col, 0, BV, KA, V, K)
-        store_state(ds, d1_low, col, KA, BV, KB, V, K)
+        if STORE:
+            store_state(ds, d0_low, col, 0, BV, KA, V, K)
+            store_state(ds, d1_low, col, KA, BV, KB, V, K)
         du = tl.dot(d1_low, tl.trans(k1), tl.dot(d0_low, tl.trans(k0)))
         du = tl.dot(do_t, P, du * exp_fp32(G_end - G)[None, :])
         dr = tl.dot((du * tl.load(beta_row + r)[None, :]).to(dtype), Tb)
-        store_columns(dr_row, dr, H * V, left, col, C, BV, V)
+        if STORE:
+            store_columns(dr_row, dr, H * V, left, col, C, BV, V)
         dr_decayed = (dr * -exp_fp32(G)[None, :]).to(dtype)
         decay = exp_fp32(G_end)
         d0 = tl.dot(dr_decayed, k0, tl.dot(do_t, q0, d0 * decay))

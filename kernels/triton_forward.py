@@ -31,8 +31,12 @@ def scan_kernel(
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SEGMENT: tl.constexpr, EVERY: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr,
+    STORE: tl.constexpr, MAP: tl.constexpr,
 ):  # fmt: skip
     """States h [NC, H, V, K] entering each chunk and new values u [B * T, H, V]; BV columns of V per program.
+
+    STORE false: `final` alone. MAP: no values are written and the state starts as the identity, V = K, so that `final`
+    is what the document does to any state.
 
     SEGMENT 0: one program runs a whole document from `initial` [N, H, K, V] fp32 (zeros unless INITIAL), and writes
     the state entering every EVERY-th chunk to every_out when EVERY > 0, and `final` [N, H, K, V] fp32 when FINAL.
@@ -66,6 +70,10 @@ def scan_kernel(
         saved = every_out + (i_s.to(tl.int64) * H + i_h) * K * V
         s0 = load_state(saved, col, 0, BV, KA, V, K).to(tl.float32)
         s1 = load_state(saved, col, KA, BV, KB, V, K).to(tl.float32)
+    elif MAP:
+        rows = col + tl.arange(0, BV)[:, None]
+        s0 = tl.where(rows == tl.arange(0, KA)[None, :], 1.0, 0.0)
+        s1 = tl.where(rows == KA + tl.arange(0, KB)[None, :], 1.0, 0.0)
     elif INITIAL:
         s0 = load_state_fp32(initial + state, col, 0, BV, KA, V, K)
         s1 = load_state_fp32(initial + state, col, KA, BV, KB, V, K)
@@ -93,22 +101,28 @@ def scan_kernel(
         left = length - start - c * C
         k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
         k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
-        v_c = load_block(v, v_st, left, col, C, BV, V)
         Tb = tl.load(square)
         G = tl.load(G_row + r)
         G_end = tl.load(G_row + C - 1)
         s0_low, s1_low = s0.to(dtype), s1.to(dtype)
-        store_state(h, s0_low, col, 0, BV, KA, V, K)
-        store_state(h, s1_low, col, KA, BV, KB, V, K)
+        if STORE:
+            store_state(h, s0_low, col, 0, BV, KA, V, K)
+            store_state(h, s1_low, col, KA, BV, KB, V, K)
         if EVERY > 0 and SEGMENT == 0 and c % EVERY == 0:
             saved = every_out + ((i_e + c // EVERY) * H + i_h) * K * V
-            store_state(saved, s0_low, col, 0, BV, KA, V, K)
-            store_state(saved, s1_low, col, KA, BV, KB, V, K)
-        # v goes to the matrix unit from shared memory: transposing it in registers kept its load from being ahead.
-        u = tl.dot(tl.trans(v_c), tl.trans(Tb))
+            store_state(saved, s0, col, 0, BV, KA, V, K)
+            store_state(saved, s1, col, KA, BV, KB, V, K)
         from_state = tl.dot(s1_low, tl.trans(k1), tl.dot(s0_low, tl.trans(k0)))
-        u = tl.dot((from_state * -exp_fp32(G)[None, :]).to(dtype), tl.trans(Tb), u) * tl.load(beta_row + r)[None, :]
-        store_columns(u_row, u, H * V, left, col, C, BV, V)
+        from_state = (from_state * -exp_fp32(G)[None, :]).to(dtype)
+        if MAP:
+            u = tl.dot(from_state, tl.trans(Tb))
+        else:
+            # v goes to the matrix unit from shared memory: transposing it in registers kept its load from being ahead.
+            v_c = load_block(v, v_st, left, col, C, BV, V)
+            u = tl.dot(from_state, tl.trans(Tb), tl.dot(tl.trans(v_c), tl.trans(Tb)))
+        u *= tl.load(beta_row + r)[None, :]
+        if STORE:
+            store_columns(u_row, u, H * V, left, col, C, BV, V)
         written = (u * exp_fp32(G_end - G)[None, :]).to(dtype)
         decay = exp_fp32(G_end)
         s0 = tl.dot(written, k0, s0 * decay)

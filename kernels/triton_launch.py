@@ -62,9 +62,6 @@ class Problem(NamedTuple):
             "PACKED": self.layout.is_packed,
         }  # fmt: skip
 
-    def with_values(self, V: int) -> Problem:
-        return self._replace(V=V)
-
 
 def make_problem(q: Tensor, v: Tensor, options: Options, cu_seqlens: Tensor | None) -> Problem:
     """q [B, T, Hk, K], v [B, T, H, V]; cu_seqlens [N + 1] or None."""
@@ -114,7 +111,8 @@ class Prepared(NamedTuple):
 
 
 class States(NamedTuple):
-    """h [NC, H, V, K], u [B * T, H, V], kept states [segments, H, V, K] or None, final [N, H, K, V] fp32 or None."""
+    """h [NC, H, V, K], u [B * T, H, V], kept states [segments, H, V, K] (fp32 unless all are kept) or None, final
+    [N, H, K, V] fp32 or None."""
 
     h: Tensor
     u: Tensor
@@ -148,9 +146,11 @@ def convolve(problem: Problem, x: Tensor, conv: Conv) -> tuple[Tensor, Tensor, T
 
 def prepare(
     problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], gates: Gates, conv: Conv | None,
-    solved: Solved | None = None,
+    solved: Solved | None = None, *, with_scores: bool = True,
 ) -> tuple[Prepared, Solved]:  # fmt: skip
     """Chunk-local part of the forward; with `solved`, only what a backward pass needs again.
+
+    with_scores false leaves P to `score`: what is before it then needs no q.
 
     inputs: q, k [B, T, Hk, K] and v [B, T, H, V], or with a convolution x [B, T, D] alone; any strides but the last.
     """
@@ -192,10 +192,39 @@ def prepare(
     launch = launch_for("prepare", K, V)
     prepare_kernel[(NC * H,)](
         q, k, *gates, diagonal, made.q, made.k, made.scaled_q, rstd_q, rstd_k, *solved, made.P,
-        **common, **strides(q=q), scale=options.scale, SOLVE=not is_again, PRECISION=MERGE_PRECISION,
-        **launch.options,
+        **common, **strides(q=q), scale=options.scale, SOLVE=not is_again, SCORES=with_scores, SCALED=is_again,
+        PRECISION=MERGE_PRECISION, **launch.options,
     )  # fmt: skip
     return made, solved
+
+
+def score(problem: Problem, made: Prepared, solved: Solved, gates: Gates) -> None:
+    """Fills made.P, which needs no state: it can run while states are on their way."""
+    launch = launch_for("prepare", problem.K, problem.V)
+    options, q, k = problem.options, made.q, made.k
+    prepare_kernel[(problem.layout.num_chunks * problem.H,)](
+        q, k, *gates, q, q, k, q, made.rstd_q, made.rstd_k, *solved, made.P,
+        **problem.tables, **strides(q=q, k=k, a=gates.a, b=gates.b), **problem.sizes, T=problem.T,
+        scale=options.scale, eps=options.l2norm_eps, L2NORM=False, BETA_MAX=options.beta_max,
+        SOLVE=False, SCORES=True, SCALED=False, PRECISION=MERGE_PRECISION, **launch.options,
+    )  # fmt: skip
+
+
+def summary(problem: Problem, made: Prepared, solved: Solved) -> tuple[Tensor, Tensor]:
+    """M [N, H, K, K] and S [N, H, K, V] fp32: each document makes S_out = M S_in + S of the state before it."""
+    _B, T, _Hk, H, K, V, _, layout, _ = problem
+    results = []
+    for columns, is_map in ((K, True), (V, False)):
+        launch = launch_for("scan", K, V)
+        final = torch.empty(layout.N, H, K, columns, dtype=torch.float32, device=made.k.device)
+        scan_kernel[(layout.N * H * triton.cdiv(columns, launch.block),)](
+            made.k, made.v, solved.Tb, solved.G, solved.beta, final, made.k, made.v, final, final,
+            layout.bounds, layout.chunk_start, layout.chunk_doc, layout.chunk_start, T, **strides(v=made.v),
+            **(problem.sizes | {"V": columns}), BV=launch.block, SEGMENT=0, EVERY=0, INITIAL=False, FINAL=True,
+            STORE=False, MAP=is_map, **launch.options,
+        )  # fmt: skip
+        results.append(final)
+    return results[0], results[1]
 
 
 def scan(
@@ -213,7 +242,8 @@ def scan(
     u = made.k.new_empty(B * T, H, V)
     final = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=h.device) if want_final else None
     if kept is None and segments is not None:
-        kept = h if every == 1 else h.new_empty(segments.num_chunks, H, V, K)
+        # fp32: from rounded states the second run would give other bits than the first.
+        kept = h if every == 1 else h.new_empty(segments.num_chunks, H, V, K, dtype=torch.float32)
     where = layout if segments is None else segments
     programs = where.num_chunks if is_again else layout.N
     launch = launch_for("scan", K, V)
@@ -222,7 +252,7 @@ def scan(
         h if kept is None else kept, h if final is None else final,
         layout.bounds, layout.chunk_start, where.chunk_doc, where.chunk_start, T, **strides(v=made.v),
         **problem.sizes, BV=launch.block, SEGMENT=every if is_again else 0, EVERY=every if every > 1 else 0,
-        INITIAL=initial is not None, FINAL=want_final, **launch.options,
+        INITIAL=initial is not None, FINAL=want_final, STORE=True, MAP=False, **launch.options,
     )  # fmt: skip
     return States(h, u, kept, final)
 
@@ -270,18 +300,22 @@ class Adjoint(NamedTuple):
 
 
 def adjoint_scan(
-    problem: Problem, made: Prepared, solved: Solved, do: Tensor, dfinal: Tensor | None, want_dinitial: bool
-) -> Adjoint:
-    """Gradients of the states, last chunk first. do [B, T, H, V] of any strides but the last."""
+    problem: Problem, made: Prepared, solved: Solved, do: Tensor, dfinal: Tensor | None, want_dinitial: bool,
+    store: bool = True,
+) -> Adjoint:  # fmt: skip
+    """Gradients of the states, last chunk first. do [B, T, H, V] of any strides but the last.
+
+    store false: dinitial alone; ds and dr are left empty.
+    """
     B, T, _Hk, H, K, V, _options, layout, _ = problem
-    ds = made.k.new_empty(layout.num_chunks, H, V, K)
-    dr = made.k.new_empty(B, T, H, V)
+    ds = made.k.new_empty(layout.num_chunks if store else 0, H, V, K)
+    dr = made.k.new_empty(B, T if store else 0, H, V)
     dinitial = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=ds.device) if want_dinitial else None
     launch = launch_for("adjoint_scan", K, V)
     adjoint_scan_kernel[(layout.N * H * triton.cdiv(V, launch.block),)](
         made.scaled_q, made.k, solved.Tb, made.P, solved.G, solved.beta, do, ds if dfinal is None else dfinal, ds, dr,
         ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, **strides(do=do),
-        **problem.sizes, BV=launch.block, DFINAL=dfinal is not None, DINITIAL=want_dinitial,
+        **problem.sizes, BV=launch.block, DFINAL=dfinal is not None, DINITIAL=want_dinitial, STORE=store,
         **launch.options,
     )  # fmt: skip
     return Adjoint(ds, dr, dinitial)

@@ -203,9 +203,10 @@ def prepare_kernel(
     bounds, chunk_doc, chunk_start, T, scale, eps, q_sb, q_st, q_sh, k_sb, k_st, k_sh, a_sb, a_st, b_sb, b_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr,
-    L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, SOLVE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, SOLVE: tl.constexpr, SCORES: tl.constexpr, SCALED: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P of one chunk of one value head, and G, beta and Tb with SOLVE. Without it, for the backward: scale exp(G) q.
+    """Of one chunk of one value head: SOLVE writes G, beta and Tb, SCORES P, SCALED scale exp(G) q.
 
     L2NORM reads raw q and k where the projection left them, and writes them normalised as [B * T, Hk, K] rows.
     """
@@ -250,6 +251,7 @@ def prepare_kernel(
         tl.store(beta_out + chunk * C + r, beta)
     else:
         G = tl.load(G_out + chunk * C + r)
+    if SCALED:
         decay = (scale * exp_fp32(G))[:, None]
         out = scaled_out + (row * H + i_h) * K
         store_tile(out, q0.to(tl.float32) * decay, H * K, left, 0, C, KA, K)
@@ -257,8 +259,9 @@ def prepare_kernel(
     i, j = r[:, None], r[None, :]
     decay = tl.where(i >= j, exp_fp32(tl.where(i >= j, G[:, None] - G[None, :], 0.0)), 0.0)
     square = chunk * C * C + i * C + j
-    P = tl.dot(q0, tl.trans(k0)) + tl.dot(q1, tl.trans(k1))
-    tl.store(P_out + square, (P * decay * scale).to(dtype))
+    if SCORES:
+        P = tl.dot(q0, tl.trans(k0)) + tl.dot(q1, tl.trans(k1))
+        tl.store(P_out + square, (P * decay * scale).to(dtype))
     if SOLVE:
         M = (tl.dot(k0, tl.trans(k0)) + tl.dot(k1, tl.trans(k1))) * decay * beta[None, :]
         M = tl.where(i // 32 > j // 32, M, 0.0)

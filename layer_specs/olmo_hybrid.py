@@ -103,6 +103,8 @@ def gdn_layer_spec(options: HybridConfig, backend: Backend) -> ModuleSpec:
             "output_gate": options.gdn_output_gate,
             "norm_eps": options.gdn_norm_epsilon,
             "cp_comm": options.gdn_cp_comm_type,
+            "backend": None if options.gdn_backend == "auto" else options.gdn_backend,
+            "states_every": options.gdn_states_every,
         },
         submodules=GatedDeltaNetSubmodules(
             in_proj=backend.column_linear, ab_proj=ColumnParallelLinear, out_proj=row_linear

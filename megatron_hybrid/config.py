@@ -35,6 +35,16 @@ class HybridConfig:
         "context parallelism of Gated DeltaNet: pass states by all-gather or by a log-step scan ('auto': whichever "
         "should be faster), or exchange heads by all-to-all (Megatron's way; needs heads % (TP * CP) == 0)",
     )
+    gdn_backend: Literal["auto", "triton", "reference", "fla"] = _flag(
+        "auto",
+        "kernels of Gated DeltaNet: triton ('auto' on a GPU; bf16 or fp16), the plain PyTorch reference ('auto' on CPU), "
+        "or flash-linear-attention, where installed, to measure against",
+    )
+    gdn_states_every: int = _flag(
+        0,
+        "triton kernels: keep the state entering every n-th chunk of 64 tokens for the backward pass instead of "
+        "computing all again; 0 keeps none (least memory), 1 all",
+    )
     gdn_norm_epsilon: float = _flag(1e-5, "epsilon of the Gated DeltaNet output norm; all others: --norm-epsilon")
     pipeline_layout: str = _flag(
         "pattern",
@@ -43,6 +53,8 @@ class HybridConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.gdn_states_every < 0:
+            raise ValueError(f"--gdn-states-every {self.gdn_states_every}: must be 0 or more; nearest legal: 0")
         if self.pipeline_layout != "pattern":
             raise ValueError(
                 f"--pipeline-layout {self.pipeline_layout}: only megatron_hybrid.pretrain plans a layout; elsewhere "

@@ -165,6 +165,8 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "gdn_allow_neg_eigval",
         "gdn_output_gate",
         "gdn_cp_comm_type",
+        "gdn_backend",
+        "gdn_states_every",
         "gdn_norm_epsilon",
         "pipeline_layout",
     }

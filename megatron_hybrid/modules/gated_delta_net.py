@@ -28,7 +28,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import nn
 
-from megatron_hybrid.kernels import reference
+from megatron_hybrid.kernels.gated_delta import mixer_core
 from megatron_hybrid.modules.fp32_parameters import keeping_fp32, support_in_optimizers
 from megatron_hybrid.modules.init import Sampler, TruncatedNormal, init_sharded_, sample_a_log, sample_dt_bias
 from megatron_hybrid.modules.norms import HeadNorm, shared_by_heads
@@ -108,6 +108,8 @@ class GatedDeltaNet(MegatronModule):
         output_gate: bool = True,
         norm_eps: float = 1e-5,
         cp_comm: GdnCpCommType = "auto",
+        backend: str | None = None,
+        states_every: int = 0,
         name: str | None = None,
         cp_comm_type: str | None = None,
     ) -> None:
@@ -119,6 +121,7 @@ class GatedDeltaNet(MegatronModule):
             norm_eps: of the output norm. Every other norm uses config.layernorm_epsilon.
             cp_comm: how context-parallel ranks work together: states by all-gather or by a scan, the faster of the
                 two, or heads by all-to-all.
+            backend, states_every: as in `kernels.gated_delta.mixer_core`.
             cp_comm_type: Megatron passes it to every mixer; it is attention's, unused here.
 
         Raises:
@@ -131,6 +134,8 @@ class GatedDeltaNet(MegatronModule):
         tp = self.tp_group.size()
         self.allow_neg_eigval = allow_neg_eigval
         self.output_gate = output_gate
+        self.backend = backend
+        self.states_every = states_every
         self.exchange_heads = cp_comm == "a2a"
         self.cp_exchange: state_passing.Exchange = "auto" if cp_comm == "a2a" else cp_comm
         if config.linear_num_value_heads % tp or config.linear_num_key_heads % tp:
@@ -281,27 +286,30 @@ class GatedDeltaNet(MegatronModule):
         cu_seqlens: bounds of documents, or with routes of this rank's pieces of documents; then b = 1.
         routes: where the tokens before each piece are, to pass states.
         """
-        key_size, value_size = heads.key_heads * self.key_dim, heads.value_heads * self.value_dim
-        pre_conv, halo = projected[..., : 2 * key_size + value_size], None
+        channels = 2 * heads.key_heads * self.key_dim + heads.value_heads * self.value_dim
+        halo, pass_states = None, None
         if routes is not None:
-            halo = state_passing.conv_halo(pre_conv[0], routes, self.pg_collection.cp)
-        qkv = reference.causal_conv_silu(pre_conv, heads.conv_weight, cu_seqlens=cu_seqlens, initial_state=halo)
-        q, k, v = qkv.split((key_size, key_size, value_size), dim=-1)
-        q, k = (reference.l2norm(x.unflatten(-1, (heads.key_heads, self.key_dim))) for x in (q, k))
-        v = v.unflatten(-1, (heads.value_heads, self.value_dim))
-        a, b = ab.chunk(2, dim=-1)
-        gates = reference.gates(a, b, heads.A_log, heads.dt_bias, allow_neg_eigval=self.allow_neg_eigval)
-        if routes is None:
-            o, _ = reference.gated_delta_rule_chunked(q, k, v, *gates, cu_seqlens=cu_seqlens)
-        else:
-            o = state_passing.gated_delta_rule(q, k, v, *gates, routes, self.pg_collection.cp, self.cp_exchange)
-        return self._gated_norm(o, projected[..., 2 * key_size + value_size :]).flatten(-2)  # o: [b, s, H, V]
-
-    def _gated_norm(self, o: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        weight = shared_by_heads(self.out_norm.weight, self.tp_group)
-        if not self.output_gate:
-            return nn.functional.rms_norm(o.float(), (self.value_dim,), weight.float(), self.out_norm.eps).to(o.dtype)
-        return reference.gated_rms_norm(o, z.unflatten(-1, o.shape[-2:]), weight, self.out_norm.eps)
+            halo = state_passing.conv_halo(projected[0, :, :channels], routes, self.pg_collection.cp)
+            pass_states = state_passing.passing(routes, self.pg_collection.cp, self.cp_exchange)
+        return mixer_core(
+            projected,
+            ab,
+            heads.conv_weight,
+            heads.A_log,
+            heads.dt_bias,
+            shared_by_heads(self.out_norm.weight, self.tp_group),
+            num_key_heads=heads.key_heads,
+            num_value_heads=heads.value_heads,
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+            allow_neg_eigval=self.allow_neg_eigval,
+            norm_eps=self.out_norm.eps,
+            cu_seqlens=cu_seqlens,
+            conv_halo=halo,
+            states_every=self.states_every,
+            pass_states=pass_states,
+            backend=self.backend,
+        )[0]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

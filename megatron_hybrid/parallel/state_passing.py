@@ -11,6 +11,8 @@ Letters: W context-parallel size, P chain positions, N documents, H heads, K key
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -81,31 +83,34 @@ def incoming_states(
     return with_none[routes.incoming]
 
 
-def gated_delta_rule(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g_fp32: torch.Tensor,
-    beta: torch.Tensor,
-    routes: Routes,
-    group: dist.ProcessGroup,
-    exchange: Exchange = "auto",
-) -> torch.Tensor:
-    """The gated delta rule on this rank's tokens, with the state of the tokens before them on other ranks.
+def passing(routes: Routes, group: dist.ProcessGroup, exchange: Exchange = "auto") -> reference.PassStates:
+    """How a mixer shares its documents' states with the other ranks of `group`.
 
-    Args:
-        q, k: [1, T/W, Hk, K], normalised; v: [1, T/W, H, V]; g_fp32, beta: [1, T/W, H].
-
-    Returns:
-        [1, T/W, H, V] in v's dtype.
+    On a GPU the pairs travel and are composed on a stream of their own, beside what the caller launches until it waits.
     """
-    M, S = reference.shard_summary(k, v, g_fp32, beta, cu_seqlens=routes.cu_segments)
-    chosen = routes.summarised.flatten()
-    states = incoming_states(M[chosen], S[chosen], routes, group, exchange)
-    o, _ = reference.gated_delta_rule_chunked(
-        q, k, v, g_fp32, beta, initial_state=states, cu_seqlens=routes.cu_segments
-    )
-    return o
+
+    def start(M: torch.Tensor, S: torch.Tensor) -> Callable[[], torch.Tensor]:
+        chosen = routes.summarised.flatten()
+        if not M.is_cuda:
+            states = incoming_states(M[chosen], S[chosen], routes, group, exchange)
+            return lambda: states
+        here, beside = torch.cuda.current_stream(M.device), _side_stream(M.device)
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            states = incoming_states(M[chosen], S[chosen], routes, group, exchange)
+
+        def wait() -> torch.Tensor:
+            here.wait_stream(beside)
+            return states
+
+        return wait
+
+    return start
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def choose_exchange(routes: Routes, pair_bytes: int) -> Exchange:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_hybrid.kernels import reference
+from megatron_hybrid.kernels.gated_delta import mixer_core
 from megatron_hybrid.parallel import state_passing
 from megatron_hybrid.parallel.routes import Layout, Routes, build_routes, segments_of
 from megatron_hybrid.parallel.state_passing import Exchange, choose_exchange
 from tests.parallel.ranks import run_ranks
 
-HK, H, K, V = 3, 6, 5, 7  # grouped value heads, K ≠ V, nothing a power of two
+Sizes = tuple[int, int, int, int]  # Hk, H, K, V
+
+#: Grouped value heads, K ≠ V, for the reference nothing a power of two; and the dtype that each backend runs in here.
+BACKENDS: dict[str, tuple[Sizes, torch.dtype]] = {
+    "reference": ((3, 6, 5, 7), torch.float64),
+    "triton": ((1, 2, 16, 32), torch.float32),
+}
 
 #: Documents cut at any token: longer than a rank, of length 1, 2, 3, empty, ending on a border, inside a halo.
 CONTIGUOUS = {
@@ -34,7 +41,8 @@ ZIGZAG = {
 }
 
 
-def _inputs(tokens: int) -> dict[str, torch.Tensor]:
+def _inputs(tokens: int, sizes: Sizes) -> dict[str, torch.Tensor]:
+    HK, H, K, V = sizes
     generator = torch.Generator().manual_seed(tokens)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -47,22 +55,35 @@ def _inputs(tokens: int) -> dict[str, torch.Tensor]:
         "conv": 0.5 * normal(2 * HK * K + H * V, 4),
         "A_log": normal(H),
         "dt_bias": normal(H),
+        "norm": 1 + 0.1 * normal(V),
         "dy": normal(tokens, H * V),
     }
 
 
-def _mix(t: dict[str, torch.Tensor], bounds: torch.Tensor, routes: Routes | None, exchange: Exchange) -> torch.Tensor:
+def _mix(
+    t: dict[str, torch.Tensor],
+    sizes: Sizes,
+    bounds: torch.Tensor,
+    routes: Routes | None = None,
+    exchange: Exchange = "auto",
+    backend: str = "reference",
+) -> torch.Tensor:
     group = dist.group.WORLD
     assert group is not None
-    halo = state_passing.conv_halo(t["x"], routes, group) if routes else None
-    qkv = reference.causal_conv_silu(t["x"][None], t["conv"], cu_seqlens=bounds, initial_state=halo)
-    q, k, v = qkv.split((HK * K, HK * K, H * V), dim=-1)
-    q, k, v = (x.unflatten(-1, (-1, n)) for x, n in ((q, K), (k, K), (v, V)))
-    q, k = reference.l2norm(q), reference.l2norm(k)
-    gates = reference.gates(t["a"][None], t["b"][None], t["A_log"], t["dt_bias"])
-    if routes is None:
-        return reference.gated_delta_rule_chunked(q, k, v, *gates, cu_seqlens=bounds)[0].flatten(2)[0]
-    return state_passing.gated_delta_rule(q, k, v, *gates, routes, group, exchange).flatten(2)[0]
+    y, _ = mixer_core(
+        t["x"][None],
+        torch.cat([t["a"], t["b"]], dim=-1)[None],
+        t["conv"],
+        t["A_log"],
+        t["dt_bias"],
+        t["norm"],
+        **dict(zip(("num_key_heads", "num_value_heads", "key_dim", "value_dim"), sizes, strict=True)),
+        cu_seqlens=bounds,
+        conv_halo=state_passing.conv_halo(t["x"], routes, group) if routes else None,
+        pass_states=state_passing.passing(routes, group, exchange) if routes else None,
+        backend=backend,
+    )
+    return y[0]
 
 
 def _gradients(t: dict[str, torch.Tensor], y: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -70,28 +91,38 @@ def _gradients(t: dict[str, torch.Tensor], y: torch.Tensor) -> dict[str, torch.T
     return dict(zip(names, torch.autograd.grad(y, [t[name] for name in names], t["dy"]), strict=True))
 
 
-def _worst(rank: int, lengths: tuple[int, ...], world: int, layout: Layout, exchange: Exchange) -> dict[str, float]:
-    """Largest difference between this rank's tokens in the whole and alone, of outputs and every gradient."""
+def _worst(
+    rank: int, lengths: tuple[int, ...], world: int, layout: Layout, exchange: Exchange, backend: str = "reference"
+) -> dict[str, float]:
+    """This rank's tokens alone, by `backend`, against the whole in fp64: outputs and every gradient.
+
+    Largest differences in fp64; in fp32 RMS of the difference over RMS of the tensor, as in test_triton_interpreter.
+    """
+    sizes, dtype = BACKENDS[backend]
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-    whole = {name: x.requires_grad_(name != "dy") for name, x in _inputs(sum(lengths)).items()}
-    y_whole = _mix(whole, bounds, None, exchange)
+    whole = {name: x.requires_grad_(name != "dy") for name, x in _inputs(sum(lengths), sizes).items()}
+    y_whole = _mix(whole, sizes, bounds)
     expected = _gradients(whole, y_whole)
 
     routes = build_routes(lengths, world, rank, layout)
     mine = bounds[routes.documents[rank]] + routes.positions[rank]
     per_token = ("x", "a", "b", "dy")
     local = {
-        name: (x.detach()[mine] if name in per_token else x.detach()).clone().requires_grad_(name != "dy")
+        name: (x.detach()[mine] if name in per_token else x.detach()).to(dtype, copy=True).requires_grad_(name != "dy")
         for name, x in whole.items()
     }
-    y = _mix(local, routes.cu_segments, routes, exchange)
+    y = _mix(local, sizes, routes.cu_segments, routes, exchange, backend)
     found = _gradients(local, y)
-    for name in ("conv", "A_log", "dt_bias"):  # weights: each rank's part of a sum
+    for name in ("conv", "A_log", "dt_bias", "norm"):  # weights: each rank's part of a sum
         dist.all_reduce(found[name])
-    worst = {
-        name: (found[name] - (g[mine] if name in per_token else g)).abs().max().item() for name, g in expected.items()
-    }
-    return {"y": (y - y_whole[mine]).abs().max().item(), **worst}
+
+    def difference(x: torch.Tensor, expected: torch.Tensor, here: torch.Tensor) -> float:
+        if dtype == torch.float64:
+            return (x - here).abs().max().item()
+        return ((x - here).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+
+    worst = {name: difference(found[name], g, g[mine] if name in per_token else g) for name, g in expected.items()}
+    return {"y": difference(y, y_whole, y_whole[mine]), **worst}
 
 
 CASES = [
@@ -107,6 +138,22 @@ CASES = [
 def test_any_cut_gives_the_whole(layout: Any, name: str, lengths: tuple[int, ...], exchange: Any) -> None:
     for worst in run_ranks(_worst, 4, lengths, 4, layout, exchange):
         assert max(worst.values()) < 1e-11, worst
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs TRITON_INTERPRET=1 from the start, since triton reads it on import; tests/run.sh runs them so",
+)
+@pytest.mark.parametrize(
+    ("layout", "lengths", "exchange"),
+    [("contiguous", (31, 1, 1, 0, 147), "scan"), ("zigzag", (160, 4, 0, 8), "all_gather")],
+    ids=["contiguous-scan", "zigzag-all_gather"],
+)
+def test_triton_kernels_pass_states(layout: Any, lengths: tuple[int, ...], exchange: Any) -> None:
+    """One kernel run forward and one back per rank, no gradient through the summaries: still the whole's gradients."""
+    for worst in run_ranks(_worst, 2, lengths, 2, layout, exchange, "triton"):
+        sums = max(worst.pop("A_log"), worst.pop("dt_bias"))  # over all tokens, which cancel
+        assert max(worst.values()) < 3e-6 and sums < 2e-5, (worst, sums)
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
