@@ -140,7 +140,9 @@ def mixer_core(
     if weight.shape[0] != D or not 1 <= W <= 4:
         raise ValueError(f"conv_weight is {tuple(conv_weight.shape)}; it must be [{D}, W] with W from 1 to 4")
     if pass_states is not None and (initial_state is not None or output_final_state):
-        raise ValueError("pass_states brings the initial states and takes the final ones; give neither, ask for neither")
+        raise ValueError(
+            "pass_states brings the initial states and takes the final ones: neither can be given or asked"
+        )
     name = choose_backend(backend, qkvz)
     if name == "fla":
         if conv_halo is not None or pass_states is not None:
@@ -274,9 +276,7 @@ def _fla_mixer(
 
     Hk, H, K, V = heads
     D = conv_weight.shape[0]
-    x, _ = causal_conv1d(
-        x=qkvz[..., :D].contiguous(), weight=conv_weight, activation="silu", cu_seqlens=cu_seqlens
-    )
+    x, _ = causal_conv1d(x=qkvz[..., :D].contiguous(), weight=conv_weight, activation="silu", cu_seqlens=cu_seqlens)
     q, k, v = x.split([Hk * K, Hk * K, H * V], dim=-1)
     a, b = (y.contiguous() for y in ab.chunk(2, dim=-1))
     o, final = gated_delta_rule(

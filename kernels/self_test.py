@@ -68,5 +68,5 @@ def before_training(backend: str | None, dtype: torch.dtype, K: int, V: int) -> 
     if not torch.cuda.is_available() or backend not in (None, "triton"):
         return
     if dtype not in (torch.bfloat16, torch.float16):
-        raise RuntimeError(f"--gdn-backend triton: takes bf16 or fp16, not {dtype}; add --bf16, or --gdn-backend reference")
+        raise RuntimeError(f"--gdn-backend triton: takes bf16 or fp16, not {dtype}; add --bf16, or take reference")
     self_test(K, V)

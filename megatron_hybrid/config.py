@@ -37,7 +37,7 @@ class HybridConfig:
     )
     gdn_backend: Literal["auto", "triton", "reference", "fla"] = _flag(
         "auto",
-        "kernels of Gated DeltaNet: triton ('auto' on a GPU; bf16 or fp16), the plain PyTorch reference ('auto' on CPU), "
+        "kernels of Gated DeltaNet: triton ('auto' on a GPU; bf16 or fp16), the PyTorch reference ('auto' on CPU), "
         "or flash-linear-attention, where installed, to measure against",
     )
     gdn_states_every: int = _flag(

@@ -110,9 +110,13 @@ def provide_model(
     """Megatron's model provider."""
     from megatron.training import get_args
 
+    from megatron_hybrid.kernels.self_test import before_training
     from megatron_hybrid.model import config_from_args, model_from_args
 
     args = get_args()
+    if "G" in args.hybrid_layer_pattern:
+        chosen = None if args.gdn_backend == "auto" else args.gdn_backend
+        before_training(chosen, args.params_dtype, args.linear_key_head_dim, args.linear_value_head_dim)
     return model_from_args(
         args,
         config or config_from_args(args),

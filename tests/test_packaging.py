@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "tools": {"tools", "config", "checkpoint", "kernels"},  # kernels: bench_kernels and tune_kernels
     "pretrain": {
         *("model", "layer_specs", "config", "presets", "flags", "parallel"),
-        *("compat", "checkpoint", "data", "training"),
+        *("compat", "checkpoint", "data", "training", "kernels"),
     },
     "logits": {"pretrain", "flags"},
 }
