@@ -98,11 +98,11 @@ def conv_backward_kernel(
             d5 = gradient_of_sum(x2, x3, x4, x5, y5, w0, w1, w2, w3)
             d6 = gradient_of_sum(x3, x4, x5, x6, y6, w0, w1, w2, w3)
             if HALO:
-                past = dhalo_out + (n.to(tl.int64) * D + first + c) * 3
+                sent = dhalo_out + (n.to(tl.int64) * D + first + c) * 3
                 starts = in_row & (pos == 0)
-                tl.store(past, w0 * d3, mask=starts)
-                tl.store(past + 1, w1 * d3 + w0 * d4, mask=starts)
-                tl.store(past + 2, w2 * d3 + w1 * d4 + w0 * d5, mask=starts)
+                tl.store(sent, w0 * d3, mask=starts)
+                tl.store(sent + 1, w1 * d3 + w0 * d4, mask=starts)
+                tl.store(sent + 2, w2 * d3 + w1 * d4 + w0 * d5, mask=starts)
             out = dx + (pos - 3).to(tl.int64) * dx_st + c
             back = (i > 0) & (pos < length + 3)
             element = dx_out.dtype.element_ty

@@ -1,0 +1,86 @@
+"""Every launch that training makes, compiled for the GPUs it is meant for: no GPU is needed to see that it does.
+
+The interpreter runs code that the compiler refuses (a variable that changes its type in a loop, for one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hybrid.kernels import triton_autograd
+from megatron_hybrid.kernels.inspection import Recorded, compile_for, recording, resources
+from megatron_hybrid.kernels.triton_launch import Options
+
+Hk, H, K, V, T = 30, 30, 96, 192, 256
+D = 2 * Hk * K + H * V
+SHARED_BYTES = 232_448  #: what one block may use, on sm_90 and sm_100
+
+
+def passing(M: Tensor, S: Tensor) -> Callable[[], Tensor]:
+    return lambda: S.clone()
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "packed": {"packed": True},
+    "shared by ranks": {"packed": True, "halo": True, "pass_states": passing},
+    "continued": {"halo": True, "initial": True, "final": True, "every": 4},
+    "all states kept": {"every": 1},
+}
+
+
+def launches(
+    packed: bool = False, halo: bool = False, initial: bool = False, final: bool = False, every: int = 0,
+    pass_states: Any = None,
+) -> list[Recorded]:  # fmt: skip
+    """Those of one mixer core, forward and backward, in bf16."""
+    bf16 = {"dtype": torch.bfloat16, "requires_grad": True}
+    bounds = torch.tensor([0, 100, T], dtype=torch.int32) if packed else None
+    documents = 2 if packed else 1
+    with recording() as found:
+        y, last = triton_autograd.MixerCore.apply(
+            torch.zeros(1, T, D + H * V, **bf16), torch.zeros(1, T, 2 * H, **bf16), torch.zeros(D, 4, **bf16),
+            torch.zeros(H, requires_grad=True), torch.zeros(H, requires_grad=True), torch.zeros(V, **bf16),
+            torch.zeros(documents, D, 3, **bf16) if halo else None,
+            torch.zeros(documents, H, K, V, requires_grad=True) if initial else None,
+            (Hk, H, K, V), Options(K**-0.5, states_every=every), bounds, final, pass_states,
+        )  # fmt: skip
+        torch.autograd.backward([y, last] if final else [y], [torch.zeros_like(y), *([last.detach()] if final else [])])
+    return found
+
+
+def variant(launch: Recorded) -> tuple[Any, ...]:
+    """What decides which code is compiled."""
+    constants = (p.name for p in launch.function.params if p.is_constexpr)
+    return (launch.name, *((name, launch.arguments[name]) for name in constants), *launch.options.items())
+
+
+@cache
+def variants() -> dict[tuple[Any, ...], Recorded]:
+    return {variant(launch): launch for case in CASES.values() for launch in launches(**case)}
+
+
+#: Instructions that spill (loads and stores of local memory). gradients: still faster than its spill-free launch.
+SPILLS = {("gradients", 90): 16, ("adjoint_scan", 100): 1000}
+
+
+def test_every_launch_compiles_for_hopper() -> None:
+    for launch in variants().values():
+        compiled = compile_for(launch, 90)
+        assert compiled.metadata.shared <= SHARED_BYTES, variant(launch)
+
+
+@pytest.mark.parametrize("capability", [90, 100], ids=["sm_90", "sm_100"])
+def test_matrix_units_and_registers(capability: int) -> None:
+    """The products run on the warpgroup's matrix unit, K = 96 as 64 + 32 and nothing as 128; next to nothing spills."""
+    for launch in {variant(launch): launch for launch in launches()}.values():
+        used = resources(compile_for(launch, capability))
+        print(launch.name, capability, used.registers, used.spill_bytes, used.shared_bytes, dict(used.instructions))
+        assert used.shared_bytes <= SHARED_BYTES
+        assert used.spill_bytes <= SPILLS.get((launch.name, capability), 0), (launch.name, used)
