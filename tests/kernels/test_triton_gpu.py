@@ -219,13 +219,21 @@ def test_mixer_core(packed: bool) -> None:
 
 
 def test_shard_summary() -> None:
-    inputs = delta_inputs(1, 500, MODEL)
+    """What a summary is for: the state after the tokens, from a state as earlier tokens leave it, head by head.
+
+    M by itself is a product over chunks to which nothing new is added: each chunk's rounding (0.003: state, new values
+    and inverse in bf16) stays in it, so that its own relative error grows with the root of their number.
+    """
+    inputs, chunks = delta_inputs(1, 500, MODEL), 8
     names = ("k", "v", "a", "b", "A_log", "dt_bias")
     with trial(), torch.no_grad():
-        actual = gated_delta.shard_summary(*(inputs[n] for n in names), k_l2norm=False, backend="triton")
-    expected = gated_delta.shard_summary(*(inputs[n].double() for n in names), k_l2norm=False, backend="reference")
-    for x, y in zip(actual, expected, strict=True):
-        assert relative(x, y) <= 0.005
+        M, S = gated_delta.shard_summary(*(inputs[n] for n in names), k_l2norm=False, backend="triton")
+    exact_M, exact_S = gated_delta.shard_summary(
+        *(inputs[n].double() for n in names), k_l2norm=False, backend="reference"
+    )
+    after, expected = M.double() @ exact_S + S.double(), exact_M @ exact_S + exact_S
+    for x, y, bound in ((after, expected, 0.005), (S, exact_S, 0.005), (M, exact_M, 0.0035 * chunks**0.5)):
+        assert max(relative(i, j) for i, j in zip(x.unbind(1), y.unbind(1), strict=True) if j.norm() > 1e-30) <= bound
 
 
 def test_self_test() -> None:
