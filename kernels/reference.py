@@ -390,59 +390,6 @@ def _scan_states(terms: _ChunkTerms, initial_states: Tensor, layout: _ChunkLayou
     return torch.cat(entering), torch.cat(new_values), torch.cat(finished[::-1])[layout.place]
 
 
-def mixer_core(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    z: Tensor,
-    q_conv_weight: Tensor,
-    k_conv_weight: Tensor,
-    v_conv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    *,
-    num_key_heads: int,
-    num_value_heads: int,
-    allow_neg_eigval: bool = True,
-    norm_eps: float = 1e-5,
-    cu_seqlens: Tensor | None = None,
-    chunk_size: int = 64,
-) -> Tensor:
-    """A Gated DeltaNet mixer between its input and output projections: conv, l2norm, gates, delta rule, gated norm.
-
-    Intermediate results are rounded to the dtype of their input, as between separate kernels. For an oracle
-    without that rounding pass fp64 tensors.
-
-    Args:
-        q, k: [B, T, Hk * K] and v: [B, T, H * V], straight from their projections.
-        a, b: [B, T, H] decay and write-strength projections, and z: [B, T, H * V] output gate; these have no conv.
-        q_conv_weight, k_conv_weight, v_conv_weight: [D, W] or [D, 1, W], D being that input's channels.
-        A_log, dt_bias: [H]. norm_weight: [V].
-        num_key_heads: Hk. num_value_heads: H, a multiple of Hk.
-        allow_neg_eigval: see `gates`. norm_eps: see `gated_rms_norm`. chunk_size: see the chunked delta rule.
-        cu_seqlens: [N + 1] int32 or int64, document boundaries 0 ... T; requires B == 1.
-
-    Returns:
-        y [B, T, H * V] in the dtype of v, ready for the output projection.
-
-    Raises ValueError when shapes disagree, a width isn't divisible by its heads, or cu_seqlens isn't legal.
-    Source: OLMo-Hybrid (Hugging Face modelling code and OLMo-core).
-    """
-    Hk, H = num_key_heads, num_value_heads
-    for name, x, heads in (("q", q, Hk), ("k", k, Hk), ("v", v, H), ("z", z, H)):
-        divisible = x.dim() == 3 and heads >= 1 and x.shape[2] % heads == 0
-        _require(divisible, name, tuple(x.shape), f"[B, T, D] with D a multiple of its {heads} heads")
-    q = causal_conv_silu(q, q_conv_weight, cu_seqlens=cu_seqlens).unflatten(2, (Hk, -1))
-    k = causal_conv_silu(k, k_conv_weight, cu_seqlens=cu_seqlens).unflatten(2, (Hk, -1))
-    v = causal_conv_silu(v, v_conv_weight, cu_seqlens=cu_seqlens).unflatten(2, (H, -1))
-    g_fp32, beta = gates(a, b, A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
-    o, _ = gated_delta_rule_chunked(l2norm(q), l2norm(k), v, g_fp32, beta, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
-    return gated_rms_norm(o, z.unflatten(2, (H, -1)), norm_weight, norm_eps).flatten(2)
-
-
 def _require(condition: bool, name: str, value: object, legal: str) -> None:
     if not condition:
         raise ValueError(f"{name} is {value}; it must be {legal}")

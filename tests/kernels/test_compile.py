@@ -66,8 +66,8 @@ def variants() -> dict[tuple[Any, ...], Recorded]:
     return {variant(launch): launch for case in CASES.values() for launch in launches(**case)}
 
 
-#: Instructions that spill (loads and stores of local memory). gradients: still faster than its spill-free launch.
-SPILLS = {("gradients", 90): 17, ("adjoint_scan", 100): 1000}
+#: Instructions that spill, loads and stores of local memory. On sm_90 `gradients` is faster than its spill-free launch.
+SPILLS = {("gradients", 90): 17, ("gradients", 100): 2, ("adjoint_scan", 100): 166}
 
 
 def test_every_launch_compiles_for_hopper() -> None:
@@ -76,11 +76,14 @@ def test_every_launch_compiles_for_hopper() -> None:
         assert compiled.metadata.shared <= SHARED_BYTES, variant(launch)
 
 
-@pytest.mark.parametrize("capability", [90, 100], ids=["sm_90", "sm_100"])
-def test_matrix_units_and_registers(capability: int) -> None:
-    """The products run on the warpgroup's matrix unit, K = 96 as 64 + 32 and nothing as 128; next to nothing spills."""
+@pytest.mark.parametrize(("capability", "unit"), [(90, "HGMMA"), (100, "UTCHMMA")], ids=["sm_90", "sm_100"])
+def test_matrix_units_and_registers(capability: int, unit: str) -> None:
+    """Products run on the warpgroup's matrix unit, K = 96 as 64 + 32 and nothing as 128; next to nothing spills."""
     for launch in {variant(launch): launch for launch in launches()}.values():
         used = resources(compile_for(launch, capability))
-        print(launch.name, capability, used.registers, used.spill_bytes, used.shared_bytes, dict(used.instructions))
         assert used.shared_bytes <= SHARED_BYTES
         assert used.spill_bytes <= SPILLS.get((launch.name, capability), 0), (launch.name, used)
+        if launch.name in ("prepare", "scan", "output", "adjoint_scan", "gradients"):
+            assert all(name.startswith(unit) for name in used.instructions), (launch.name, used.instructions)
+            widths = [int(name.split(".")[1].split("x")[1]) for name in used.instructions if capability == 90]
+            assert max(widths, default=0) <= 64, (launch.name, used.instructions)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from megatron_hybrid.kernels import gated_delta
 from megatron_hybrid.kernels.reference import (
     causal_conv_silu,
     compose,
@@ -22,7 +23,6 @@ from megatron_hybrid.kernels.reference import (
     gated_rms_norm,
     gates,
     l2norm,
-    mixer_core,
     shard_summary,
 )
 
@@ -190,9 +190,20 @@ def mixer_inputs(T: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [x.to(dtype).requires_grad_() for x in (*activations, *parameters)]
 
 
+def mixer(*tensors: Tensor, key_heads: int, value_heads: int, lengths: tuple[int, ...] | None = None) -> Tensor:
+    """`mixer_core` of the projections and convolutions one by one."""
+    q, k, v, a, b, z, *convs, A_log, dt_bias, norm_weight = tensors
+    y, _ = gated_delta.mixer_core(
+        torch.cat([q, k, v, z], dim=-1), torch.cat([a, b], dim=-1), torch.cat([w.flatten(1) for w in convs]),
+        A_log, dt_bias, norm_weight, num_key_heads=key_heads, num_value_heads=value_heads,
+        key_dim=k.shape[-1] // key_heads, value_dim=v.shape[-1] // value_heads,
+        cu_seqlens=None if lengths is None else cumulative(lengths), backend="reference",
+    )  # fmt: skip
+    return y
+
+
 def run_mixer(*tensors: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    cu_seqlens = cumulative(lengths)
-    return mixer_core(*tensors, num_key_heads=1, num_value_heads=2, cu_seqlens=cu_seqlens, chunk_size=4)
+    return mixer(*tensors, key_heads=1, value_heads=2, lengths=lengths)
 
 
 def test_gradcheck_mixer() -> None:
@@ -445,7 +456,7 @@ def test_mixer_equals_transformers(olmo_hybrid: ModuleType) -> None:
     projections = [layer.q_proj, layer.k_proj, layer.v_proj, layer.a_proj, layer.b_proj, layer.g_proj]
     convs = layer.conv1d.weight.split([18, 18, 30])
     inputs = (*(projection(u) for projection in projections), *convs, layer.A_log, layer.dt_bias, layer.o_norm.weight)
-    ours, theirs = layer.o_proj(mixer_core(*inputs, num_key_heads=3, num_value_heads=3)), layer(u)
+    ours, theirs = layer.o_proj(mixer(*inputs, key_heads=3, value_heads=3)), layer(u)
     names, parameters = zip(*layer.named_parameters(), strict=True)
     assert_close(ours, theirs, FP32, "y")
     # Measured 3e-6: both sides round in fp32.
@@ -494,5 +505,5 @@ def test_other_errors() -> None:
         gated_rms_norm(x, x[..., :2], torch.ones(3))
     with pytest.raises(ValueError, match=r"A_log is \(4,\); it must be \[H\], here \(3,\)"):
         gates(x, x, torch.zeros(4), torch.zeros(3))
-    with pytest.raises(ValueError, match=r"v is \(1, 7, 4\); it must be \[B, T, D\] with D a multiple of its 3 heads"):
-        mixer_core(*mixer_inputs(7), num_key_heads=1, num_value_heads=3)
+    with pytest.raises(ValueError, match=r"qkvz is \(1, 7, 14\); its last dimension must be 9 \(no gate\) or 12"):
+        mixer(*mixer_inputs(7), key_heads=1, value_heads=3)
