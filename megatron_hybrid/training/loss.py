@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
+from megatron.core.utils import get_attr_wrapped_model
+
+from megatron_hybrid.training.batches import next_batch
 
 LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
-
-BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, *, check_finite: bool) -> LossParts:
@@ -41,20 +41,6 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, *, check_finite: boo
             )
     report = torch.cat([total.detach().view(1), count.view(1)])
     return total, count, {"lm loss": report}
-
-
-def next_batch(
-    batches: Iterator[Any] | None, device: torch.device, cp_group: torch.distributed.ProcessGroup
-) -> dict[str, Any]:
-    """The next microbatch on `device`, this context-parallel rank's zigzag part of it.
-
-    All None in pipeline stages between first and last, which get no data.
-    """
-    if batches is None:
-        return dict.fromkeys(BATCH_KEYS)
-    batch = next(batches)
-    batch = {key: batch[key].to(device, non_blocking=True) for key in BATCH_KEYS}
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group) if cp_group.size() > 1 else batch
 
 
 def forward_step(
