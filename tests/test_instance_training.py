@@ -93,7 +93,7 @@ def _losses(run: Path) -> np.ndarray:
 def one_rank(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
     """Ids and losses of one rank with and without document masking, from weights that are stored for all."""
     start = tmp_path_factory.mktemp("start")
-    run_ranks(_train, 1, _arguments(data, start, "--train-iters", "2", "--exit-interval", "1", "--lr", "1e-9"))
+    run_ranks(_train, 1, _arguments(data, start, "--train-iters", "2", "--exit-interval", "1"))
     found: dict[bool, Any] = {}
     for masking in (False, True):
         run = tmp_path_factory.mktemp(f"one{masking}")

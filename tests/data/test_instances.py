@@ -28,9 +28,22 @@ VOCAB, EOD, PAD, LENGTH = 70_000, 69_999, 69_998, 16
 def plan(data: Path | str, **more: Any) -> Plan:
     places = Places(Path(more.pop("root", "")), "tok", more.pop("dtype", "uint32"), more.pop("mask", ""))
     settings: dict[str, Any] = {
-        "data": str(data), "places": places, "sequence_length": LENGTH, "batch": 1, "vocab_size": VOCAB, "eod": EOD, "pad": PAD, "seed": 34521,
-        "epochs": 1, "shuffle": False, "packing": "fixed", "group_files": 1, "file_seed": -1, "mixture_tokens": 0, "cache": None,
-    }  # fmt: skip
+        "data": str(data),
+        "places": places,
+        "sequence_length": LENGTH,
+        "batch": 1,
+        "vocab_size": VOCAB,
+        "eod": EOD,
+        "pad": PAD,
+        "seed": 34521,
+        "epochs": 1,
+        "shuffle": False,
+        "packing": "fixed",
+        "group_files": 1,
+        "file_seed": -1,
+        "mixture_tokens": 0,
+        "cache": None,
+    }
     return Plan(**{**settings, **more})
 
 

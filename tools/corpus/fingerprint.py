@@ -19,7 +19,7 @@ def fingerprint(path: Path, dtype: str = "<i4") -> tuple[str, int]:
     """
     size = os.path.getsize(path)
     itemsize = np.dtype(dtype).itemsize
-    digest, largest = xxhash.xxh3_128(size.to_bytes(8, "little")), -1
+    digest, largest = xxhash.xxh3_128(size.to_bytes(8, "little")), 0
     with open(path, "rb") as handle:
         last = max(size - BLOCK_BYTES, 0) // itemsize * itemsize
         for offset in sorted({round(last * block / (BLOCKS - 1)) // itemsize * itemsize for block in range(BLOCKS)}):
@@ -27,5 +27,5 @@ def fingerprint(path: Path, dtype: str = "<i4") -> tuple[str, int]:
             data = handle.read(BLOCK_BYTES)
             digest.update(data)
             ids = np.frombuffer(data, dtype, len(data) // itemsize)
-            largest = max(largest, int(ids.max(initial=-1)))
+            largest = max(largest, int(ids.max(initial=0)))
     return digest.hexdigest(), largest
