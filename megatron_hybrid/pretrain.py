@@ -240,6 +240,7 @@ def _prepare_data(args: argparse.Namespace) -> None:
 
     if args.document_masking and args.pipeline_model_parallel_size > 1:
         args.variable_seq_lengths = True
+        args.moe_token_dispatcher_type = "alltoall"  # no experts here, but Megatron refuses its default with this
     if not args.instance_data:
         if args.repetition_filter:
             raise FlagError("--repetition-filter: filters instances; give --instance-data, or leave it out")

@@ -107,13 +107,14 @@ def _from(start: Path, data: Path, run: Path, masking: bool, *more: str) -> list
     return _arguments(data, run, *flags, *(["--document-masking"] if masking else []))
 
 
-@pytest.mark.parametrize("masking", [True, False], ids=["documents_masked", "not_masked"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "masking"),
+    [*((layout, True) for layout in LAYOUTS), ("dp2", False)],
+    ids=lambda value: value if isinstance(value, str) else "documents_masked" if value else "not_masked",
+)
 def test_ids_and_losses_do_not_depend_on_the_layout(
     layout: str, masking: bool, one_rank: dict[Any, Any], data: Path, tmp_path: Path
 ) -> None:
-    if not masking and layout in ("tp2-sp", "pp2"):
-        pytest.skip("unmasked rows under these layouts: tests/parallel")
     ranks, flags = LAYOUTS[layout]
     found = _batches(run_ranks(_train, ranks, _from(one_rank["start"], data, tmp_path, masking, *flags)))
     ids, losses = one_rank[masking]
@@ -121,7 +122,7 @@ def test_ids_and_losses_do_not_depend_on_the_layout(
     np.testing.assert_allclose(_losses(tmp_path), losses, rtol=2e-6)
 
 
-def test_masking_changes_the_loss_and_the_filter_counts(one_rank: dict[Any, Any], data: Path) -> None:
+def test_masking_changes_the_loss(one_rank: dict[Any, Any]) -> None:
     assert np.abs(one_rank[True][1] - one_rank[False][1]).max() > 1e-5
 
 
@@ -141,9 +142,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(one_rank: dict[Any, Any], data: 
     ids, losses = one_rank[True]
     assert sorted(number for rank in ranks for number in rank["ids"]) == ids[2]
     np.testing.assert_allclose(_losses(tmp_path), losses, rtol=2e-6)
-    with pytest.raises(
-        AssertionError, match=r"exit status 2: .*its checkpoints were trained on other data \(seed: 34521"
-    ):
+    with pytest.raises(AssertionError, match=r"its checkpoints were trained on other data \(seed: 34521"):
         run_ranks(_train_and_show_error, 1, [*rest, "--data-seed", "1"])
 
 
