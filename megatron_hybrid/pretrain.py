@@ -236,7 +236,6 @@ def _prepare_data(args: argparse.Namespace) -> None:
     from megatron.training import get_tokenizer
 
     from megatron_hybrid.data import instance_dataset
-    from megatron_hybrid.tools.cli import ToolError
 
     if args.document_masking and args.pipeline_model_parallel_size > 1:
         args.variable_seq_lengths = True
@@ -247,7 +246,7 @@ def _prepare_data(args: argparse.Namespace) -> None:
         return
     try:
         said = instance_dataset.check(args, get_tokenizer())
-    except ToolError as error:
+    except instance_dataset.Refused as error:
         raise FlagError(str(error)) from None
     if args.rank == 0:
         print(said, file=sys.stderr)

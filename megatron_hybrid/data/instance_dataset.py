@@ -22,6 +22,10 @@ from megatron_hybrid.data.packing import PackedInstances, load_index
 from megatron_hybrid.data.repetition import repeats_itself
 from megatron_hybrid.data.sources import Places, check_samples, permuted, select
 from megatron_hybrid.data.token_files import DataError
+from megatron_hybrid.tools.cli import ToolError
+
+#: What opening data raises: one line each.
+Refused = ToolError
 
 
 @dataclass(frozen=True)

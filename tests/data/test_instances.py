@@ -297,7 +297,7 @@ def _entry(name: str, docs: list[np.ndarray]) -> dict[str, Any]:
         (lambda p: raw(p, [np.arange(64)]), {"mask": "a:c"}, r"c\.npy: no such file; it should hold the label mask"),
         (lambda p: raw(p, [np.arange(64)]), {"packing": "best_fit"}, r"no document that ends with .* id 69999"),
         (lambda p: raw(p, [np.full(64, VOCAB)]), {}, r"id 70000 read as uint32, the vocabulary has 70,000"),
-        (lambda p: raw(p, [np.arange(64)], "<u2"), {}, r"id 65536 read as uint32"),
+        (lambda p: raw(p, [np.arange(64)], "<u2"), {}, r"id 4128830 read as uint32"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(write: Any, more: dict[str, Any], said: str, tmp_path: Path) -> None:
