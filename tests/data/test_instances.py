@@ -13,11 +13,12 @@ import pytest
 
 from megatron_hybrid.data import mixture
 from megatron_hybrid.data.instance_dataset import InstanceDataset, Plan, open_plan
+from megatron_hybrid.data.instances import Cutter, ListedInstances
 from megatron_hybrid.data.order import SampleOrder
 from megatron_hybrid.data.packing import build_index, pack_best_fit
 from megatron_hybrid.data.repetition import repeats_itself
-from megatron_hybrid.data.sources import Places, check_samples
-from megatron_hybrid.data.token_files import DataError
+from megatron_hybrid.data.sources import INDEX_DTYPE, Places, check_samples
+from megatron_hybrid.data.token_files import DataError, open_raw
 from megatron_hybrid.tools import mix
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.indexed_dataset import IndexedDatasetWriter
@@ -279,6 +280,13 @@ def test_index_of_mix_is_read_in_its_order_and_only_for_what_it_was_made(
     dataset(tmp_path / "a", changed)
     with pytest.raises(DataError, match=r"a\.bin: other data than .*s\.instances\.npy was made of"):
         open_plan(plan(path, batch=2))
+
+
+def test_a_second_epoch_of_a_listed_dataset_reads_it_again(tmp_path: Path) -> None:
+    file = open_raw(raw(tmp_path / "a.npy", [np.arange(3 * LENGTH + 5)]), "uint32")
+    index = np.array([(0, 2), (0, 4)], dtype=INDEX_DTYPE)
+    instances = ListedInstances([file], Cutter(LENGTH, VOCAB, EOD), index)
+    assert [int(instances.read(number, False).tokens[0]) for number in range(2)] == [2 * LENGTH, LENGTH]
 
 
 def _entry(name: str, docs: list[np.ndarray]) -> dict[str, Any]:
