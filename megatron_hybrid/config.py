@@ -51,6 +51,32 @@ class HybridConfig:
         "'pattern': pipeline stages as --hybrid-layer-pattern has them; 'auto': balance them by FLOPs, 'auto:V' with V "
         "virtual stages per pipeline rank (the pattern then has no |)",
     )
+    instance_data: str = _flag(
+        "",
+        "train on instances of fixed length in one seeded order that knows nothing of ranks: an index of tools.mix "
+        "(STAGE.instances.npy), a list of label,path lines (.txt), a mixture (.yaml), a folder of tools.preprocess or "
+        "of raw .npy files, a raw file, a glob, or a .bin/.idx prefix; empty: Megatron's GPTDataset on --data-path",
+    )
+    instance_valid_data: str = _flag("", "validation data, of the same kinds; read in its own order")
+    instance_root: str = _flag("", "folder that relative paths of lists and mixtures start at")
+    instance_tokenizer_dir: str = _flag("allenai/dolma2-tokenizer", "what {TOKENIZER} in paths of lists stands for")
+    instance_dtype: Literal["uint32", "uint16"] = _flag("uint32", "of the ids in raw files")
+    instance_epochs: int = _flag(1, "passes over --instance-data that training may make; more samples are refused")
+    instance_shuffle: bool = _flag(True, "shuffle instances; else their order in the data")
+    instance_packing: Literal["fixed", "best_fit"] = _flag(
+        "fixed", "cut files into instances, or pack whole documents by best-fit-decreasing, padding the rest"
+    )
+    instance_group_files: int = _flag(1, "with --instance-packing best_fit, files whose documents are packed together")
+    instance_file_seed: int = _flag(-1, "put the files in an order drawn with this seed first; -1: as listed")
+    instance_label_mask: str = _flag(
+        "", "'A:B': the file whose name has B where a raw file's has A holds one byte per token, 1 for labels"
+    )
+    mixture_tokens: int = _flag(0, "tokens of a mixture .yaml that names no requested_tokens")
+    data_seed: int = _flag(-1, "seed of the order of --instance-data; -1: --seed")
+    document_masking: bool = _flag(False, "documents of a row do not see each other: attention and state start afresh")
+    repetition_filter: bool = _flag(
+        False, "no loss from instances of --instance-data in which an n-gram of 1 to 13 ids stands 32 times in a row"
+    )
 
     def __post_init__(self) -> None:
         if self.gdn_states_every < 0:

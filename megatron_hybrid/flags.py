@@ -88,6 +88,7 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in _DATA_FLAGS:
         parser.add_argument(f"--{name}", nargs="*", default=[])
+    parser.add_argument("--instance-data", default="")
     for name in ("save", "data-args-path", "per-split-data-args-path", "gdn-cp-comm-type", "position-embedding-type"):
         parser.add_argument(f"--{name}")
     for name in (
@@ -130,7 +131,7 @@ def check(flags: Sequence[str]) -> None:
 
 
 def _check_data(values: argparse.Namespace) -> None:
-    if values.mock_data:
+    if values.mock_data or values.instance_data:  # instances are opened once the tokenizer is known
         return
     prefixes = [(name, prefix) for name in _DATA_FLAGS for prefix in _prefixes(getattr(values, name.replace("-", "_")))]
     elsewhere = values.skip_train or values.data_args_path or values.per_split_data_args_path

@@ -161,6 +161,7 @@ def prepare(argv: Sequence[str]) -> argparse.Namespace:
         _say_what_is_padded(args)
         if args.save:
             _describe_checkpoint(args)
+        _prepare_data(args)
         return args
     except ValueError as error:
         fail(error)
@@ -234,6 +235,27 @@ def _describe_checkpoint(args: argparse.Namespace) -> None:
             raise FlagError(f"--save {args.save}: cannot be written to ({error.strerror})") from None
 
 
+def _prepare_data(args: argparse.Namespace) -> None:
+    """Opens --instance-data; lets pipeline stages exchange rows of documents, whose lengths vary."""
+    from megatron.training import get_tokenizer
+
+    from megatron_hybrid.data import instance_dataset
+
+    if args.document_masking and args.pipeline_model_parallel_size > 1:
+        args.variable_seq_lengths = True
+        args.moe_token_dispatcher_type = "alltoall"  # no experts here, but Megatron refuses its default with this
+    if not args.instance_data:
+        if args.repetition_filter:
+            raise FlagError("--repetition-filter: filters instances; give --instance-data, or leave it out")
+        return
+    try:
+        said = instance_dataset.check(args, get_tokenizer())
+    except instance_dataset.Refused as error:
+        raise FlagError(str(error)) from None
+    if args.rank == 0:
+        print(said, file=sys.stderr)
+
+
 def _provider_after_warm_up(args: argparse.Namespace) -> Callable[..., HybridModel]:
     """The model provider, and a rounded --ffn-hidden-size in args until it is called.
 
@@ -256,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_hybrid.data.gpt_dataset import build_datasets
+    from megatron_hybrid.data.provider import build_datasets
     from megatron_hybrid.training.loss import forward_step
 
     with warnings.catch_warnings():
@@ -266,7 +288,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         container,
         build_datasets,
         ModelType.encoder_or_decoder,
-        partial(forward_step, check_finite=args.check_for_nan_in_loss_and_grad),
+        partial(
+            forward_step,
+            check_finite=args.check_for_nan_in_loss_and_grad,
+            document_masking=args.document_masking,
+        ),
         model_provider=_provider_after_warm_up(args),
     )
 

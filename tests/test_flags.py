@@ -169,6 +169,21 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "gdn_states_every",
         "gdn_norm_epsilon",
         "pipeline_layout",
+        "instance_data",
+        "instance_valid_data",
+        "instance_root",
+        "instance_tokenizer_dir",
+        "instance_dtype",
+        "instance_epochs",
+        "instance_shuffle",
+        "instance_packing",
+        "instance_group_files",
+        "instance_file_seed",
+        "instance_label_mask",
+        "mixture_tokens",
+        "data_seed",
+        "document_masking",
+        "repetition_filter",
     }
 
 

@@ -28,9 +28,9 @@ MAY_IMPORT = {
     "flags": {"config", "presets", "tools"},
     "compat": {"cpu_backend"},
     "cpu_backend": set(),
-    "data": {"tools", "config"},
+    "data": {"tools", "config", "data"},
     "checkpoint": {"tools", "config"},
-    "training": {"config"},
+    "training": {"config", "training", "parallel"},
     "tools": {"tools", "config", "checkpoint", "kernels"},  # kernels: bench_kernels and tune_kernels
     "pretrain": {
         *("model", "layer_specs", "config", "presets", "flags", "parallel"),

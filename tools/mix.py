@@ -15,7 +15,7 @@ A mix file, YAML or JSON:
 
 `buckets` names sources of the data and how often each is read relative to the others. Ai2's own files are read
 too: a list of `label,path` lines (everything once) and a YAML of `source_name`, `target_ratio`, `paths`.
-Nothing but manifests and index headers is read. What the data cannot give is refused, and by how much.
+Nothing but manifests and index headers is read to plan. What the data cannot give is refused, and by how much.
 """
 
 import argparse
@@ -179,12 +179,19 @@ def draw(path: Path, rows: list["Row"]) -> None:
     pyplot.close(figure)
 
 
-def write_outputs(folder: Path, rows: list["Row"], datasets: dict[str, "Dataset"], validation: list[str]) -> list[Path]:
-    """Writes, per stage, Megatron's two argument files and the instance index; returns their paths."""
+def write_outputs(
+    folder: Path, rows: list["Row"], datasets: dict[str, "Dataset"], validation: list[str], sequence_length: int
+) -> list[Path]:
+    """Writes, per stage, Megatron's two argument files and the instance index with what it is of; returns their paths.
+
+    Up to 1 MiB of each dataset is read for its fingerprint.
+    """
     import numpy as np
 
     from megatron_hybrid.tools.atomic_file import atomic_open
+    from megatron_hybrid.tools.corpus.fingerprint import fingerprint
     from megatron_hybrid.tools.corpus.mixture import blend_of, instance_blocks
+    from megatron_hybrid.tools.indexed_dataset import bin_path
 
     written = []
     for stage in dict.fromkeys(row.stage for row in rows):
@@ -201,8 +208,19 @@ def write_outputs(folder: Path, rows: list["Row"], datasets: dict[str, "Dataset"
             written.append(folder / name)
             with atomic_open(written[-1]) as handle:
                 handle.write(json.dumps(content, indent=1).encode() + b"\n")
-        written.append(folder / f"{stage}.instances.npy")
         counts = [int(word) for word in words[::2]]
+        written.append(folder / f"{stage}.instances.json")
+        about = {
+            "sequence_length": sequence_length,
+            "instances": sum(counts),
+            "datasets": [
+                {"prefix": one, "tokens": datasets[one].tokens, "fingerprint": fingerprint(bin_path(one))[0]}
+                for one in prefixes
+            ],
+        }
+        with atomic_open(written[-1]) as handle:
+            handle.write(json.dumps(about, indent=1).encode() + b"\n")
+        written.append(folder / f"{stage}.instances.npy")
         with atomic_open(written[-1]) as handle:
             dtype = np.dtype([("dataset", "<i2"), ("sample", "<i8")])
             header = {"descr": dtype.descr, "fortran_order": False, "shape": (sum(counts),)}
@@ -262,7 +280,7 @@ def main() -> None:
         print(f"warning: {warning}")
     if args.output_dir:
         valid = [word for prefix in args.valid for word in ("1", prefix)]
-        written = write_outputs(args.output_dir, rows, datasets, valid)
+        written = write_outputs(args.output_dir, rows, datasets, valid, args.sequence_length)
         draw(args.output_dir / "mix.png", rows)
         print(f"written: {', '.join(str(path) for path in [*written, args.output_dir / 'mix.png'])}")
 

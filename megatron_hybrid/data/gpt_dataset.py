@@ -12,14 +12,13 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 
 def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> list[Any]:
-    """Megatron's dataset provider.
+    """The datasets, from the arguments.
 
     Args:
         num_samples: of train, validation and test.
 
     Returns:
-        The three datasets. Every rank builds them (`is_distributed`), so that no batch is broadcast: ranks of one
-        tensor-parallel group read the same samples from the same memory-mapped files.
+        The three datasets.
     """
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -33,7 +32,7 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> list[
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         tokenizer=build_tokenizer(args),
-        reset_position_ids=args.reset_position_ids,
+        reset_position_ids=args.reset_position_ids or args.document_masking,  # they mark where documents begin
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,  # attention is causal by construction
@@ -42,6 +41,3 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> list[
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build()
-
-
-build_datasets.is_distributed = True  # type: ignore[attr-defined]  # Megatron reads the attribute

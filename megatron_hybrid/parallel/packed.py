@@ -14,13 +14,14 @@ from megatron_hybrid.parallel.routes import Layout, Routes, build_routes
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """Megatron's THD parameters, and who holds which token. Build with `pack`."""
+    """Megatron's THD parameters, and who holds which token (None: one rank holds all). Build with `pack`."""
 
     routes: Routes | None = None
 
     def local_index(self) -> torch.Tensor:
         """Where in the whole packed row this rank's tokens stand, [T/W] int64: `tokens[:, index]` is its share."""
-        assert self.routes is not None
+        if self.routes is None:
+            return torch.arange(int(self.cu_seqlens_q[-1]), device=self.cu_seqlens_q.device)
         documents, positions = (x[self.routes.rank] for x in (self.routes.documents, self.routes.positions))
         return self.cu_seqlens_q[documents] + positions
 
@@ -48,7 +49,7 @@ def pack(
         cu_seqlens_kv=bounds,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        routes=build_routes(lengths, world, rank, layout, device),
+        routes=build_routes(lengths, world, rank, layout, device) if world > 1 else None,
     )
 
 

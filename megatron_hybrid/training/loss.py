@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
+from megatron.core.utils import get_attr_wrapped_model
+
+from megatron_hybrid.training.batches import next_batch
 
 LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
-BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
-
-def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, *, check_finite: bool) -> LossParts:
+def sum_loss(
+    loss_mask: torch.Tensor, losses: torch.Tensor, *, check_finite: bool, counted_mask: torch.Tensor | None = None
+) -> LossParts:
     """Megatron's three-part loss: sum over this rank's tokens, their number, and what to report.
 
     Megatron divides: by the tokens of all microbatches and data-parallel ranks under --calculate-per-token-loss
@@ -24,11 +26,12 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, *, check_finite: boo
     Args:
         loss_mask: [b, s], 1 where a token counts.
         losses: [b, s] cross-entropy of each token.
+        counted_mask: [b, s], 1 where a token counts in the number; None: as in the loss.
         check_finite: stop the run on NaN or infinity, after Megatron's rerun machine has looked at it.
     """
     mask = loss_mask.view(-1).float()
     total = torch.sum(losses.view(-1).float() * mask)
-    count = mask.sum().detach().to(torch.int)
+    count = (mask if counted_mask is None else counted_mask).sum().detach().to(torch.int)
     if check_finite:
         rerun = get_rerun_state_machine()
         for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
@@ -43,22 +46,8 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, *, check_finite: boo
     return total, count, {"lm loss": report}
 
 
-def next_batch(
-    batches: Iterator[Any] | None, device: torch.device, cp_group: torch.distributed.ProcessGroup
-) -> dict[str, Any]:
-    """The next microbatch on `device`, this context-parallel rank's zigzag part of it.
-
-    All None in pipeline stages between first and last, which get no data.
-    """
-    if batches is None:
-        return dict.fromkeys(BATCH_KEYS)
-    batch = next(batches)
-    batch = {key: batch[key].to(device, non_blocking=True) for key in BATCH_KEYS}
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group) if cp_group.size() > 1 else batch
-
-
 def forward_step(
-    batches: Iterator[Any] | None, model: torch.nn.Module, check_finite: bool = True
+    batches: Iterator[Any] | None, model: torch.nn.Module, check_finite: bool = True, document_masking: bool = False
 ) -> tuple[torch.Tensor, Callable[..., LossParts]]:
     """Megatron's forward step: model output, and the function that turns it into a loss on the last stage.
 
@@ -66,6 +55,13 @@ def forward_step(
     context parallelism, and multiplying by its size here too would double the gradients, silently.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    batch = next_batch(batches, device, get_attr_wrapped_model(model, "pg_collection").cp)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(sum_loss, batch["loss_mask"], check_finite=check_finite)
+    batch = next_batch(batches, device, get_attr_wrapped_model(model, "pg_collection"), document_masking)
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        packed_seq_params=batch["packed_seq_params"],
+    )
+    loss = partial(sum_loss, batch["loss_mask"], check_finite=check_finite, counted_mask=batch["counted_mask"])
+    return output, loss
