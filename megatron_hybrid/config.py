@@ -42,6 +42,30 @@ class HybridConfig:
         "virtual stages per pipeline rank (the pattern then has no |)",
     )
 
+    weight_decay_on: Literal["all_but_embedding", "matrices"] = _flag(
+        "all_but_embedding",
+        "what --weight-decay applies to: everything but the input embedding (the released model), or 'matrices' and "
+        "convolutions, the embedding with them, as Megatron does",
+    )
+    z_loss: float = _flag(
+        1e-5, "weight of the squared logsumexp of the logits, added to the loss; 'lm loss' is without; 0 for none"
+    )
+    loss_chunk_tokens: int = _flag(
+        0,
+        "compute logits for so many tokens of a microbatch at a time, forward and again backward, for sequences whose "
+        "logits do not fit; 0 for all at once",
+    )
+    skip_step: bool = _flag(
+        True,
+        "leave out an update whose loss or gradient norm exceeds the mean of the last 128 steps by 6 standard "
+        "deviations, or is not finite",
+    )
+    wsds_periods: str = _flag(
+        "",
+        "WSD-S: ends of the periods in iterations, comma-separated, the last --train-iters; each decays to --min-lr in "
+        "its last tenth and the next starts at --lr again; with --lr-decay-style WSD",
+    )
+
     def __post_init__(self) -> None:
         if self.pipeline_layout != "pattern":
             raise ValueError(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_hybrid import compat
 from megatron_hybrid.config import HybridConfig
-from megatron_hybrid.flags import FlagError, check, compose
+from megatron_hybrid.flags import FlagError, check, compose, wsds_ends
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.presets import PRESETS
 
@@ -253,7 +253,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_hybrid.data.gpt_dataset import build_datasets
+    from megatron_hybrid.training import hooks
     from megatron_hybrid.training.loss import forward_step
+    from megatron_hybrid.training.skip_step import SkipStep
+
+    skip_step = SkipStep() if args.skip_step else None
+    ends = [end * args.global_batch_size for end in wsds_ends(args.wsds_periods)]
+    hooks.install(HybridConfig.from_args(args), skip_step, ends)
+    loss = {"z_loss": args.z_loss, "observe": skip_step.observe if skip_step else None}
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*It is recommended to use a ModelConfig")
@@ -262,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         container,
         build_datasets,
         ModelType.encoder_or_decoder,
-        partial(forward_step, check_finite=args.check_for_nan_in_loss_and_grad),
+        partial(forward_step, check_finite=args.check_for_nan_in_loss_and_grad, **loss),
         model_provider=_provider_after_warm_up(args),
     )
 

@@ -167,6 +167,11 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "gdn_cp_comm_type",
         "gdn_norm_epsilon",
         "pipeline_layout",
+        "weight_decay_on",
+        "z_loss",
+        "loss_chunk_tokens",
+        "skip_step",
+        "wsds_periods",
     }
 
 

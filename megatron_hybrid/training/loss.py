@@ -15,7 +15,14 @@ LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, *, check_finite: bool) -> LossParts:
+def sum_loss(
+    loss_mask: torch.Tensor,
+    losses: torch.Tensor,
+    *,
+    check_finite: bool,
+    z_loss: float = 0.0,
+    observe: Callable[[torch.Tensor], None] | None = None,
+) -> LossParts:
     """Megatron's three-part loss: sum over this rank's tokens, their number, and what to report.
 
     Megatron divides: by the tokens of all microbatches and data-parallel ranks under --calculate-per-token-loss
@@ -23,12 +30,20 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, *, check_finite: boo
 
     Args:
         loss_mask: [b, s], 1 where a token counts.
-        losses: [b, s] cross-entropy of each token.
+        losses: [b, s] cross-entropy of each token, or [2, b, s]: that, and its logsumexp.
         check_finite: stop the run on NaN or infinity, after Megatron's rerun machine has looked at it.
+        z_loss: times the squared logsumexp, summed as the cross entropy is, is added to the loss (OLMo-core's rule)
+            but not to "lm loss", which stays the cross entropy; in training it is reported as "z loss".
+        observe: called in training with [sum of cross entropies, tokens] of each microbatch.
     """
     mask = loss_mask.view(-1).float()
-    total = torch.sum(losses.view(-1).float() * mask)
+    losses, logsumexp = losses if losses.dim() == 3 else (losses, None)
+    total = lm_loss = torch.sum(losses.reshape(-1).float() * mask)
     count = mask.sum().detach().to(torch.int)
+    reports = {"lm loss": lm_loss}
+    if z_loss and logsumexp is not None:
+        reports["z loss"] = z_loss * torch.sum(logsumexp.reshape(-1).float().square() * mask)
+        total = lm_loss + reports["z loss"]
     if check_finite:
         rerun = get_rerun_state_machine()
         for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
@@ -39,8 +54,11 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor, *, check_finite: boo
                 tolerance=0.0,
                 fatal=True,
             )
-    report = torch.cat([total.detach().view(1), count.view(1)])
-    return total, count, {"lm loss": report}
+    if not torch.is_grad_enabled():  # Megatron's evaluation prints a perplexity for whatever is reported
+        reports = {"lm loss": lm_loss}
+    elif observe is not None:
+        observe(torch.stack([lm_loss.detach().double(), count.double()]))
+    return total, count, {name: torch.stack([value.detach(), count.float()]) for name, value in reports.items()}
 
 
 def next_batch(
@@ -58,9 +76,11 @@ def next_batch(
 
 
 def forward_step(
-    batches: Iterator[Any] | None, model: torch.nn.Module, check_finite: bool = True
+    batches: Iterator[Any] | None, model: torch.nn.Module, check_finite: bool = True, **loss_options: Any
 ) -> tuple[torch.Tensor, Callable[..., LossParts]]:
     """Megatron's forward step: model output, and the function that turns it into a loss on the last stage.
+
+    loss_options: z_loss and observe of `sum_loss`.
 
     The loss stays a sum over this rank's tokens: Megatron's schedule and `finalize_model_grads` account for
     context parallelism, and multiplying by its size here too would double the gradients, silently.
@@ -68,4 +88,4 @@ def forward_step(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     batch = next_batch(batches, device, get_attr_wrapped_model(model, "pg_collection").cp)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(sum_loss, batch["loss_mask"], check_finite=check_finite)
+    return output, partial(sum_loss, batch["loss_mask"], check_finite=check_finite, **loss_options)
