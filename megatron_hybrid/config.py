@@ -55,6 +55,9 @@ class HybridConfig:
         "compute logits for so many tokens of a microbatch at a time, forward and again backward, for sequences whose "
         "logits do not fit; 0 for all at once",
     )
+    last_target: bool = _flag(
+        False, "predict the token after a sample too, as Megatron does; OLMo has 8,191 targets in a sample of 8,192"
+    )
     skip_step: bool = _flag(
         True,
         "leave out an update whose loss or gradient norm exceeds the mean of the last 128 steps by 6 standard "

@@ -170,6 +170,7 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "weight_decay_on",
         "z_loss",
         "loss_chunk_tokens",
+        "last_target",
         "skip_step",
         "wsds_periods",
     }

@@ -20,6 +20,7 @@ def sum_loss(
     losses: torch.Tensor,
     *,
     check_finite: bool,
+    counted: torch.Tensor | None = None,
     z_loss: float = 0.0,
     observe: Callable[[torch.Tensor], None] | None = None,
 ) -> LossParts:
@@ -32,6 +33,8 @@ def sum_loss(
         loss_mask: [b, s], 1 where a token counts.
         losses: [b, s] cross-entropy of each token, or [2, b, s]: that, and its logsumexp.
         check_finite: stop the run on NaN or infinity, after Megatron's rerun machine has looked at it.
+        counted: [b, s], 1 where a token is in the denominator; default loss_mask. OLMo-core counts the tokens of
+            instances that its repetition filter leaves out of the sum.
         z_loss: times the squared logsumexp, summed as the cross entropy is, is added to the loss (OLMo-core's rule)
             but not to "lm loss", which stays the cross entropy; in training it is reported as "z loss".
         observe: called in training with [sum of cross entropies, tokens] of each microbatch.
@@ -39,7 +42,7 @@ def sum_loss(
     mask = loss_mask.view(-1).float()
     losses, logsumexp = losses if losses.dim() == 3 else (losses, None)
     total = lm_loss = torch.sum(losses.reshape(-1).float() * mask)
-    count = mask.sum().detach().to(torch.int)
+    count = (mask if counted is None else counted).sum().detach().to(torch.int)
     reports = {"lm loss": lm_loss}
     if z_loss and logsumexp is not None:
         reports["z loss"] = z_loss * torch.sum(logsumexp.reshape(-1).float().square() * mask)
@@ -88,4 +91,5 @@ def forward_step(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     batch = next_batch(batches, device, get_attr_wrapped_model(model, "pg_collection").cp)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    loss_options["counted"] = batch.get("counted_mask")
     return output, partial(sum_loss, batch["loss_mask"], check_finite=check_finite, **loss_options)
