@@ -311,7 +311,9 @@ def _check_recipe(values: argparse.Namespace) -> None:
     if values.optimizer not in ("adam", "sgd"):
         cannot.append(f"--optimizer {values.optimizer}")
     if values.skip_step and cannot:
-        raise FlagError(f"{cannot[0]}: --skip-step cannot take back such an update; leave it out, or add --no-skip-step")
+        raise FlagError(
+            f"{cannot[0]}: --skip-step cannot take back such an update; leave it out, or add --no-skip-step"
+        )
     ends = wsds_ends(values.wsds_periods)
     if not ends:
         return

@@ -50,9 +50,7 @@ def install(options: HybridConfig, skip_step: SkipStep | None, wsds_ends: list[i
         training.training_log = _log_line(training.training_log, skip_step)
 
 
-def _optimizer(
-    original: Callable[..., Any], options: HybridConfig, skip_step: SkipStep | None
-) -> Callable[..., Any]:
+def _optimizer(original: Callable[..., Any], options: HybridConfig, skip_step: SkipStep | None) -> Callable[..., Any]:
     def get_megatron_optimizer(config: Any, model_chunks: Any, config_overrides: Any = None, **kwargs: Any) -> Any:
         overrides = weight_decay.overrides(config_overrides, config, options.weight_decay_on)
         optimizer = original(config, model_chunks, config_overrides=overrides, **kwargs)

@@ -93,7 +93,7 @@ def test_broken_z_loss_differs(broken: str, reference: Any) -> None:
 
 
 def test_reports_and_normaliser() -> None:
-    """"lm loss" is the cross entropy alone; what counts is the mask's tokens; evaluation reports nothing else."""
+    """ "lm loss" is the cross entropy alone; what counts is the mask's tokens; evaluation reports nothing else."""
     mask = torch.tensor([[1.0, 1.0, 0.0]])
     output = torch.tensor([[[1.0, 2.0, 5.0]], [[3.0, 4.0, 7.0]]], requires_grad=True)
     seen: list[torch.Tensor] = []

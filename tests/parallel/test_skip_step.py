@@ -66,7 +66,9 @@ def _shorten() -> None:
 
 def _state(trainer: tiny.Trainer) -> dict[str, torch.Tensor]:
     """Weights, and moments and counters of the inner optimizer, of this rank."""
-    found = {f"{i} {name}": p.detach() for i, chunk in enumerate(trainer.chunks) for name, p in chunk.named_parameters()}
+    found = {
+        f"{i} {name}": p.detach() for i, chunk in enumerate(trainer.chunks) for name, p in chunk.named_parameters()
+    }
     for leaf in trainer.optimizer.chained_optimizers:
         for i, state in enumerate(leaf.optimizer.state.values()):
             found |= {f"state {i} {key}": value for key, value in state.items()}
@@ -175,7 +177,9 @@ def _plain_rule_of(losses: list[float], norms: list[float]) -> bool:
 
 
 def test_without_a_select_nan_reaches_the_weights() -> None:
-    final = run_ranks(_train, 2, Layout(dp=2, pattern=SHORT), list(SPIKES), True, "factor instead of select")[0]["final"]
+    final = run_ranks(_train, 2, Layout(dp=2, pattern=SHORT), list(SPIKES), True, "factor instead of select")[0][
+        "final"
+    ]
     assert any(value.isnan().any() for value in final.values())
 
 
