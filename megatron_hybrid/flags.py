@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_hybrid.presets import PRESETS, FlagValue
+from megatron_hybrid.presets import NAMES, PRESETS, FlagValue
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.indexed_dataset import require_dataset
 
@@ -56,7 +56,7 @@ def _preset(name: str) -> Mapping[str, FlagValue]:
     if name in PRESETS:
         return PRESETS[name]
     nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-    raise FlagError(f"--preset {name}: unknown; nearest: {nearest}; all: {', '.join(sorted(PRESETS))}")
+    raise FlagError(f"--preset {name}: unknown; nearest: {nearest}; all: {NAMES}")
 
 
 def _flat(flags: Mapping[str, FlagValue]) -> Iterator[str]:
@@ -184,7 +184,7 @@ def _check_pattern(values: argparse.Namespace) -> None:
     if pattern is None:
         raise FlagError(
             "--hybrid-layer-pattern: missing; give one (G Gated DeltaNet layer, * attention layer, | pipeline stage), "
-            f"e.g. 'GGG*GGG*', or a preset: {', '.join(sorted(PRESETS))}"
+            f"e.g. 'GGG*GGG*', or a preset: {NAMES}"
         )
     strange = sorted(set(pattern) - set("G*|"))
     if strange:

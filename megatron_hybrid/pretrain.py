@@ -23,7 +23,8 @@ from megatron_hybrid import compat
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.flags import FlagError, check, compose, wsds_ends
 from megatron_hybrid.parallel import pipeline_layout
-from megatron_hybrid.presets import PRESETS
+from megatron_hybrid.plan import plan
+from megatron_hybrid.presets import NAMES
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -44,11 +45,15 @@ def own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "Other flags are Megatron's (--help-all).",
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", metavar="NAME", help=f"named set of flags: {', '.join(sorted(PRESETS))}")
+    parser.add_argument("--preset", metavar="NAME", help=f"named set of flags: {NAMES}")
     parser.add_argument(
         "--without", metavar="FLAG", action="append", default=[], help="leave this flag of the preset out (repeatable)"
     )
     parser.add_argument("--print-args", action="store_true", help="print the flat list of flags and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print steps, tokens, rates and memory, and stop")
+    parser.add_argument(
+        "--gpus", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="of the job, for --dry-run"
+    )
     parser.add_argument("--help-all", action="store_true", help="print Megatron's and the plugin's flags and stop")
     return parser.parse_known_args(list(argv))
 
@@ -140,6 +145,10 @@ def prepare(argv: Sequence[str]) -> argparse.Namespace:
                 print(planned, file=sys.stderr)
         if own.print_args:
             print("\n".join(_one_flag_a_line(flags)))
+            raise SystemExit(0)
+        if own.dry_run:
+            check([*flags, "--mock-data"])
+            print(plan(flags, own.preset, rest, own.gpus))
             raise SystemExit(0)
         if not own.help_all:
             check(flags)

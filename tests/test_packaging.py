@@ -24,7 +24,10 @@ MAY_IMPORT = {
     "config": set(),
     "flops": set(),
     "parallel": {"kernels", "parallel", "flags", "flops"},
-    "presets": set(),
+    "presets": {"ladder", "stages"},
+    "ladder": {"flops"},
+    "stages": set(),
+    "plan": {"flops", "presets"},
     "flags": {"config", "presets", "tools"},
     "compat": {"cpu_backend"},
     "cpu_backend": set(),
@@ -33,7 +36,7 @@ MAY_IMPORT = {
     "training": {"training", "config", "flops"},
     "tools": {"tools", "config", "checkpoint", "kernels"},  # kernels: bench_kernels and tune_kernels
     "pretrain": {
-        *("model", "layer_specs", "config", "presets", "flags", "parallel"),
+        *("model", "layer_specs", "config", "presets", "flags", "parallel", "plan"),
         *("compat", "checkpoint", "data", "training"),
     },
     "logits": {"pretrain", "flags"},

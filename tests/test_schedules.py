@@ -86,7 +86,7 @@ def test_wsds_warms_up_once_and_decays_in_every_period() -> None:
 
 
 def test_wsds_resumes_and_refuses_another_schedule() -> None:
-    settings: dict[str, Any] = dict(min_lr=0.0, lr_decay_style="WSD", wsd_decay_steps=1, lr_warmup_steps=1)
+    settings: dict[str, Any] = {"min_lr": 0.0, "lr_decay_style": "WSD", "wsd_decay_steps": 1, "lr_warmup_steps": 1}
     settings |= {"lr_decay_steps": 100}
     first = _scheduler(WsdsScheduler, ends=[50, 100], **settings)
     first.step(48)

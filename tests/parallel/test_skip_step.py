@@ -184,7 +184,7 @@ def test_without_a_select_nan_reaches_the_weights() -> None:
 
 
 def test_without_the_sum_over_ranks_they_disagree() -> None:
-    with pytest.raises(AssertionError, match="disagree|exit codes"):
+    with pytest.raises(AssertionError, match="disagree"):
         results = run_ranks(_train, 2, Layout(pp=2, pattern="G|*"), list(SPIKES), True, "each rank's own loss")
         assert all(result["agree"] for result in results), "disagree"
 

@@ -1,4 +1,4 @@
-"""What decays in a step without gradients: the released run's choice and Megatron's, through the trainer's optimizer."""
+"""What decays in a step without gradients, by the released run's choice and by Megatron's."""
 
 from __future__ import annotations
 
