@@ -63,6 +63,12 @@ class HybridConfig:
         "leave out an update whose loss or gradient norm exceeds the mean of the last 128 steps by 6 standard "
         "deviations, or is not finite",
     )
+    log_health: bool = _flag(
+        True, "log decay and saturated beta of Gated DeltaNet layers, and gradient norms of both kinds of mixer"
+    )
+    peak_tflops: float = _flag(
+        0.0, "dense bf16 peak of a GPU in TFLOP/s, for MFU; 0: the data sheet's of the GPU that is found"
+    )
     wsds_periods: str = _flag(
         "",
         "WSD-S: ends of the periods in iterations, comma-separated, the last --train-iters; each decays to --min-lr in "

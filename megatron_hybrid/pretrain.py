@@ -264,13 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_hybrid.data.gpt_dataset import build_datasets
     from megatron_hybrid.training import hooks
     from megatron_hybrid.training.loss import forward_step
-    from megatron_hybrid.training.skip_step import SkipStep
 
-    skip_step = SkipStep() if args.skip_step else None
-    ends = [end * args.global_batch_size for end in wsds_ends(args.wsds_periods)]
-    hooks.install(HybridConfig.from_args(args), skip_step, ends)
-    loss = {"z_loss": args.z_loss, "observe": skip_step.observe if skip_step else None}
-
+    loss = hooks.prepare(args, [end * args.global_batch_size for end in wsds_ends(args.wsds_periods)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*It is recommended to use a ModelConfig")
         container = pretrain_cfg_container_from_args(args)

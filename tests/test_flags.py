@@ -172,6 +172,8 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "loss_chunk_tokens",
         "last_target",
         "skip_step",
+        "log_health",
+        "peak_tflops",
         "wsds_periods",
     }
 

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "cpu_backend": set(),
     "data": {"tools", "config"},
     "checkpoint": {"tools", "config"},
-    "training": {"training", "config", "flops"},
+    "training": {"training", "modules", "parallel", "config", "flops"},
     "tools": {"tools", "config", "checkpoint", "kernels"},  # kernels: bench_kernels and tune_kernels
     "pretrain": {
         *("model", "layer_specs", "config", "presets", "flags", "parallel", "plan"),

@@ -10,6 +10,8 @@ import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 
+from megatron_hybrid.training.log_line import Wait
+
 LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -79,16 +81,24 @@ def next_batch(
 
 
 def forward_step(
-    batches: Iterator[Any] | None, model: torch.nn.Module, check_finite: bool = True, **loss_options: Any
+    batches: Iterator[Any] | None,
+    model: torch.nn.Module,
+    check_finite: bool = True,
+    wait: Wait | None = None,
+    **loss_options: Any,
 ) -> tuple[torch.Tensor, Callable[..., LossParts]]:
     """Megatron's forward step: model output, and the function that turns it into a loss on the last stage.
 
-    loss_options: z_loss and observe of `sum_loss`.
+    Args:
+        wait: counts how long batches take to come.
+        loss_options: z_loss and observe of `sum_loss`.
 
     The loss stays a sum over this rank's tokens: Megatron's schedule and `finalize_model_grads` account for
     context parallelism, and multiplying by its size here too would double the gradients, silently.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if batches is not None and wait is not None:
+        batches = wait.timed(batches)
     batch = next_batch(batches, device, get_attr_wrapped_model(model, "pg_collection").cp)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     loss_options["counted"] = batch.get("counted_mask")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,26 @@ def test_reports_and_normaliser() -> None:
     assert int(filtered[1]) == 3 and filtered[2]["lm loss"].tolist() == [3.0, 3.0]
     with torch.no_grad():
         assert set(sum_loss(mask, output, check_finite=False, z_loss=0.1)[2]) == {"lm loss"}
+
+
+def _peak(rank: int, chunk_tokens: int) -> tuple[float, float]:
+    """(bytes that forward and backward add to this process's peak, bytes of whole logits in fp32)"""
+    tokens, rows, width = 8192, 16384, 32
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator, requires_grad=True)
+    weight = torch.randn(rows, width, generator=generator, requires_grad=True)
+    labels = torch.randint(0, rows, (tokens,), generator=generator)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    group = torch.distributed.group.WORLD
+    if chunk_tokens:
+        losses, logsumexp = cross_entropy.chunked_token_losses(hidden, weight, labels, group, chunk_tokens, rows)
+    else:
+        losses, logsumexp = cross_entropy.token_losses(hidden @ weight.t(), labels, group)
+    (losses + logsumexp.square()).mean().backward()
+    return 1024.0 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), 4.0 * tokens * rows
+
+
+def test_logits_never_exist_whole() -> None:
+    chunked, whole = run_ranks(_peak, 1, 256)[0]
+    assert chunked < whole / 4
+    assert run_ranks(_peak, 1, 0)[0][0] > whole

@@ -22,7 +22,7 @@ def _decayed(rank: int, layout: Layout, scope: Any) -> dict[str, bool]:
     """{parameter: whether a step without gradients shrank it by LR · DECAY; the rest did not move}"""
     from megatron.training import training
 
-    hooks.install(HybridConfig(weight_decay_on=scope), None, [])
+    hooks.install(HybridConfig(weight_decay_on=scope))
     chunks = tiny.build(layout)
     tiny.unsettle(chunks)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=layout.distributed_optimizer)
@@ -78,4 +78,4 @@ def test_a_changed_trainer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(training, "training_log", lambda line: None)
     with pytest.raises(RuntimeError, match=r"training_log has no .*iteration.*: another Megatron than 0\.19\.2"):
-        hooks.install(HybridConfig(), None, [])
+        hooks.install(HybridConfig())
