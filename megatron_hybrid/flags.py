@@ -95,8 +95,8 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
     for name in ("save", "data-args-path", "per-split-data-args-path", "gdn-cp-comm-type", "position-embedding-type"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--z-loss", type=float, default=0.0)
-    for name, default in (("wsds-periods", ""), ("lr-decay-style", "linear"), ("optimizer", "adam")):
-        parser.add_argument(f"--{name}", default=default)
+    for name, text in (("wsds-periods", ""), ("lr-decay-style", "linear"), ("optimizer", "adam")):
+        parser.add_argument(f"--{name}", default=text)
     parser.add_argument("--skip-step", action=argparse.BooleanOptionalAction, default=True)
     for name in _NOT_JUDGED:
         parser.add_argument(f"--{name}", action="store_true")

@@ -41,6 +41,7 @@ class OlmoHybridModel(HybridModel):
     exist for so many tokens at a time.
     """
 
+    post_process: bool
     report_logsumexp = False
     loss_chunk_tokens = 0
 

@@ -7,7 +7,7 @@ mixers themselves are not touched. One message over all ranks each time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -80,7 +80,7 @@ class Health:
             if not tensor_parallel.param_is_not_tensor_parallel_duplicate(param):
                 continue
             start, end = _range(leaves, param)
-            grad = param.main_grad.view(-1)[start:end]
+            grad = cast(Any, param).main_grad.view(-1)[start:end]
             sums[kind].append(torch.linalg.vector_norm(grad, dtype=torch.float32).square())
         # Without the distributed optimizer all data-parallel ranks hold the whole gradient.
         copies = 1 if self._parameters and self._parameters[0][2] else _replicas()
