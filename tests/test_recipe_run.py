@@ -13,6 +13,7 @@ from megatron_hybrid import pretrain
 from megatron_hybrid.presets import PRESETS
 from megatron_hybrid.tools.plot_run import read_series
 from megatron_hybrid.training.log_line import Wait, peak_tflops
+from megatron_hybrid.training.skip_step import SkipStep
 from tests.parallel.ranks import run_ranks
 from tests.test_pretrain import _arguments, _train, data
 
@@ -112,3 +113,26 @@ def test_waiting_is_counted_and_nothing_else() -> None:
 
 def test_peak_is_the_flag_or_unknown_here() -> None:
     assert peak_tflops(3.0) == (3.0, "--peak-tflops") and peak_tflops(0)[0] == 0
+
+
+def _counted(rank: int, arguments: list[str]) -> list[float]:
+    """Tokens in the denominator of each microbatch."""
+    seen: list[float] = []
+    observe = SkipStep.observe
+
+    def counting(self: SkipStep, loss_and_tokens: Any) -> None:
+        seen.append(float(loss_and_tokens[1]))
+        observe(self, loss_and_tokens)
+
+    SkipStep.observe = counting  # type: ignore[method-assign]
+    _train(rank, arguments)
+    return seen
+
+
+def test_a_sample_has_one_target_less_than_tokens(data: Path, tmp_path: Path) -> None:
+    """Samples of 64 tokens, two in a microbatch; on context-parallel ranks the last position is rank 0's."""
+    short = ["--train-iters", "1", "--lr-warmup-iters", "0"]
+    assert run_ranks(_counted, 1, _arguments(data, tmp_path / "inner", *short))[0] == [126, 126]
+    assert run_ranks(_counted, 1, _arguments(data, tmp_path / "all", *short, "--last-target"))[0] == [128, 128]
+    parts = run_ranks(_counted, 2, _arguments(data, tmp_path / "cp", *short, "--context-parallel-size", "2"))
+    assert parts == [[62, 62], [64, 64]]
