@@ -38,16 +38,28 @@ def test_the_rule_is_the_plain_one() -> None:
     """Spikes up and down, NaN, infinity, values just inside and outside six deviations, more steps than the window."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(400, 2, generator=generator, dtype=torch.float64) * 0.1 + 3
-    for step, row in {63: (3, 50), 64: (50, 3), 65: (-50, 3), 250: (3.9, 3), 251: (3, 3.75), 300: (3, 3.5)}.items():
+    for step, row in {
+        63: (3, 50),
+        64: (50, 3),
+        65: (-50, 3),
+        202: (5, 3),
+        250: (6, 3),
+        251: (3, 3.75),
+        300: (3, 3.5),
+    }.items():
         values[step] = torch.tensor(row, dtype=torch.float64)
     values[200, 0], values[201, 1], values[5, 0] = float("nan"), float("inf"), float("nan")
+    # Just outside and just inside: the population's standard deviation would skip both.
+    for step, sigmas in {380: 6.001, 381: 5.999}.items():
+        past = values[step - 128 : step, 1].tolist()
+        values[step, 1] = statistics.mean(past) + sigmas * statistics.stdev(past)
     window, found, expected = Window(torch.device("cpu")), [], []
     for step, row in enumerate(values):
         found.append(bool(window.judge(row)))
         expected.append(_plain_rule(values[: step + 1, 0].tolist(), values[: step + 1, 1].tolist()))
     assert found == expected
     # The value at 5 is not known, so that at 63 only 63 are, the latest included.
-    assert [step for step, skip in enumerate(expected) if skip] == [5, 64, 200, 201, 250, 251]
+    assert [step for step, skip in enumerate(expected) if skip] == [5, 64, 200, 201, 202, 250, 251, 380]
 
 
 #: What is done to the gradients of a step, before the optimizer looks at them.
