@@ -42,9 +42,9 @@ def test_the_rule_is_the_plain_one() -> None:
         63: (3, 50),
         64: (50, 3),
         65: (-50, 3),
-        202: (5, 3),
+        202: (3, 5),
         250: (6, 3),
-        251: (3, 3.75),
+        251: (3, 7),
         300: (3, 3.5),
     }.items():
         values[step] = torch.tensor(row, dtype=torch.float64)
