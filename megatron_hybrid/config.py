@@ -78,6 +78,39 @@ class HybridConfig:
         False, "no loss from instances of --instance-data in which an n-gram of 1 to 13 ids stands 32 times in a row"
     )
 
+    weight_decay_on: Literal["all_but_embedding", "matrices"] = _flag(
+        "all_but_embedding",
+        "what --weight-decay applies to: everything but the input embedding (the released model), or 'matrices' and "
+        "convolutions, the embedding with them, as Megatron does",
+    )
+    z_loss: float = _flag(
+        1e-5, "weight of the squared logsumexp of the logits, added to the loss; 'lm loss' is without; 0 for none"
+    )
+    loss_chunk_tokens: int = _flag(
+        0,
+        "compute logits for so many tokens of a microbatch at a time, forward and again backward, for sequences whose "
+        "logits do not fit; 0 for all at once",
+    )
+    last_target: bool = _flag(
+        False, "predict the token after a sample too, as Megatron does; OLMo has 8,191 targets in a sample of 8,192"
+    )
+    skip_step: bool = _flag(
+        True,
+        "leave out an update whose loss or gradient norm exceeds the mean of the last 128 steps by 6 standard "
+        "deviations, or is not finite",
+    )
+    log_health: bool = _flag(
+        True, "log decay and saturated beta of Gated DeltaNet layers, and gradient norms of both kinds of mixer"
+    )
+    peak_tflops: float = _flag(
+        0.0, "dense bf16 peak of a GPU in TFLOP/s, for MFU; 0: the data sheet's of the GPU that is found"
+    )
+    wsds_periods: str = _flag(
+        "",
+        "WSD-S: ends of the periods in iterations, comma-separated, the last --train-iters; each decays to --min-lr in "
+        "its last tenth and the next starts at --lr again; with --lr-decay-style WSD",
+    )
+
     def __post_init__(self) -> None:
         if self.gdn_states_every < 0:
             raise ValueError(f"--gdn-states-every {self.gdn_states_every}: must be 0 or more; nearest legal: 0")

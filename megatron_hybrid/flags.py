@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_hybrid.presets import PRESETS, FlagValue
+from megatron_hybrid.presets import NAMES, PRESETS, FlagValue
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.indexed_dataset import require_dataset
 
@@ -19,6 +19,9 @@ ALTERNATIVES = (
     {"lr-warmup-iters", "lr-warmup-samples", "lr-warmup-fraction"},
     {"bf16", "fp16"},
 )
+
+#: Optimizers whose update SkipStep cannot take back.
+_NOT_JUDGED = ("optimizer-cpu-offload", "optimizer-cuda-graph", "use-megatron-fsdp", "use-torch-fsdp2")
 
 _DATA_FLAGS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
 
@@ -53,7 +56,7 @@ def _preset(name: str) -> Mapping[str, FlagValue]:
     if name in PRESETS:
         return PRESETS[name]
     nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-    raise FlagError(f"--preset {name}: unknown; nearest: {nearest}; all: {', '.join(sorted(PRESETS))}")
+    raise FlagError(f"--preset {name}: unknown; nearest: {nearest}; all: {NAMES}")
 
 
 def _flat(flags: Mapping[str, FlagValue]) -> Iterator[str]:
@@ -84,6 +87,7 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         ("train-iters", None),
         ("lr-decay-iters", None),
         ("lr-warmup-iters", 0),
+        ("loss-chunk-tokens", 0),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in _DATA_FLAGS:
@@ -91,6 +95,12 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--instance-data", default="")
     for name in ("save", "data-args-path", "per-split-data-args-path", "gdn-cp-comm-type", "position-embedding-type"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--z-loss", type=float, default=0.0)
+    for name, text in (("wsds-periods", ""), ("lr-decay-style", "linear"), ("optimizer", "adam")):
+        parser.add_argument(f"--{name}", default=text)
+    parser.add_argument("--skip-step", action=argparse.BooleanOptionalAction, default=True)
+    for name in _NOT_JUDGED:
+        parser.add_argument(f"--{name}", action="store_true")
     for name in (
         "mock-data",
         "bf16",
@@ -125,6 +135,7 @@ def check(flags: Sequence[str]) -> None:
     _check_pipeline(values)
     _check_schedule(values)
     _check_optimizer(values)
+    _check_recipe(values)
     _check_context_parallel(values)
     _check_data(values)
     _check_folder("--save", values.save)
@@ -174,7 +185,7 @@ def _check_pattern(values: argparse.Namespace) -> None:
     if pattern is None:
         raise FlagError(
             "--hybrid-layer-pattern: missing; give one (G Gated DeltaNet layer, * attention layer, | pipeline stage), "
-            f"e.g. 'GGG*GGG*', or a preset: {', '.join(sorted(PRESETS))}"
+            f"e.g. 'GGG*GGG*', or a preset: {NAMES}"
         )
     strange = sorted(set(pattern) - set("G*|"))
     if strange:
@@ -274,6 +285,50 @@ def _check_optimizer(values: argparse.Namespace) -> None:
         raise FlagError(
             f"--{half}: Megatron's plain optimizer cannot save a model with fp32 parameters (A_log, dt_bias); "
             "add --use-distributed-optimizer (one rank will do), or --no-save-optim"
+        )
+
+
+def wsds_ends(text: str) -> list[int]:
+    """Ends of the periods of --wsds-periods in iterations; empty where there are none.
+
+    Raises:
+        FlagError: not ascending whole numbers.
+    """
+    try:
+        ends = [int(word) for word in text.split(",")] if text else []
+    except ValueError:
+        ends = [0]
+    if ends != sorted(set(ends)) or (ends and ends[0] < 1):
+        raise FlagError(f"--wsds-periods {text}: must be ascending iterations, as 1000,2000,4000")
+    return ends
+
+
+def _check_recipe(values: argparse.Namespace) -> None:
+    for name in ("loss_chunk_tokens", "z_loss"):
+        if getattr(values, name) < 0:
+            flag = name.replace("_", "-")
+            raise FlagError(f"--{flag} {getattr(values, name)}: must not be negative; 0 turns it off")
+    cannot = [f"--{name}" for name in (*_NOT_JUDGED, "fp16") if getattr(values, name.replace("-", "_"))]
+    if values.optimizer not in ("adam", "sgd"):
+        cannot.append(f"--optimizer {values.optimizer}")
+    if values.skip_step and cannot:
+        raise FlagError(
+            f"{cannot[0]}: --skip-step cannot take back such an update; leave it out, or add --no-skip-step"
+        )
+    ends = wsds_ends(values.wsds_periods)
+    if not ends:
+        return
+    if values.lr_decay_style != "WSD":
+        raise FlagError(f"--lr-decay-style {values.lr_decay_style}: with --wsds-periods the only legal style is WSD")
+    if ends[-1] != values.train_iters:
+        raise FlagError(
+            f"--wsds-periods {values.wsds_periods}: the last period ends at {ends[-1]}, --train-iters "
+            f"{values.train_iters}; make them equal"
+        )
+    if values.lr_warmup_iters > 0.9 * ends[0]:
+        raise FlagError(
+            f"--lr-warmup-iters {values.lr_warmup_iters}: the first period of --wsds-periods decays from "
+            f"{int(0.9 * ends[0])}; nearest legal: {int(0.9 * ends[0])}"
         )
 
 

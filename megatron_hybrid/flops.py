@@ -113,6 +113,22 @@ class Sizes:
         return bool(self.window_skip[layer_number - 1])
 
 
+def parameters(flags: Sequence[str]) -> int:
+    """Parameters of the model that a flat list of flags describes, both vocabulary matrices included.
+
+    QK-norm over the full width; the vocabulary's rows as `Sizes.from_flags` takes them.
+    """
+    s, pattern = Sizes.from_flags(flags), (_peek(flags).hybrid_layer_pattern or "").replace("|", "")
+    keys, values = s.gdn_key_heads * s.key_dim, s.gdn_value_heads * s.value_dim
+    projections = 2 * keys + (3 if s.output_gate else 2) * values + 2 * s.gdn_value_heads
+    gdn = s.hidden * projections + s.conv_width * (2 * keys + values) + 2 * s.gdn_value_heads + s.value_dim
+    heads, groups = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    attention = 2 * s.hidden * (heads + groups) + heads + groups
+    mlp_and_norms = (3 if s.gated_mlp else 2) * s.hidden * s.ffn + 2 * s.hidden
+    layers = sum({"G": gdn, "*": attention}[symbol] + mlp_and_norms for symbol in pattern)
+    return layers + s.hidden + 2 * s.vocabulary_rows * s.hidden
+
+
 def _skip(value: Any) -> int | tuple[int, ...] | None:
     if value is None or isinstance(value, int):
         return value

@@ -11,10 +11,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.hybrid.hybrid_layer_allocation import get_hybrid_total_pipeline_segment_count
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
+from megatron_hybrid.modules.cross_entropy import chunked_token_losses, token_losses
 from megatron_hybrid.modules.init import use_olmo_init
 from megatron_hybrid.parallel.head_padding import (
     ALIGNMENT,
@@ -29,7 +34,16 @@ from megatron_hybrid.parallel.head_padding import (
 
 
 class OlmoHybridModel(HybridModel):
-    """Megatron's HybridModel for any tensor-parallel size: the vocabulary is padded, and no padding is stored."""
+    """Megatron's HybridModel for any tensor-parallel size: the vocabulary is padded, and no padding is stored.
+
+    Given labels, it returns each token's cross entropy [b, s], as Megatron's. With `report_logsumexp` it returns
+    [2, b, s]: cross entropy and logsumexp, for the z-loss. With `loss_chunk_tokens` above 0 the output layer's logits
+    exist for so many tokens at a time.
+    """
+
+    post_process: bool
+    report_logsumexp = False
+    loss_chunk_tokens = 0
 
     def __init__(
         self, config: TransformerConfig, hybrid_stack_spec: ModuleSpec, vocab_size: int, *args: Any, **kwargs: Any
@@ -44,6 +58,34 @@ class OlmoHybridModel(HybridModel):
             describe_split(self.output_layer.weight, rows, self.pg_collection.tp)
             if padded > vocab_size:
                 self.output_layer.register_forward_hook(hide_padded_logits)
+
+    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        if labels is None or not self.loss_chunk_tokens or not self.post_process:
+            return super().forward(*args, labels=labels, **kwargs)
+        self.post_process = False  # the parent then stops at the hidden states
+        try:
+            hidden = super().forward(*args, **kwargs)
+        finally:
+            self.post_process = True
+        group, weight = self.pg_collection.tp, self.output_layer.weight
+        mapping = gather_from_sequence_parallel_region
+        hidden = (mapping if self.config.sequence_parallel else copy_to_tensor_model_parallel_region)(
+            hidden, group=group
+        )
+        losses = chunked_token_losses(
+            hidden, weight, labels.t().contiguous(), group, self.loss_chunk_tokens, real_rows(weight)
+        )
+        return self._report(losses)
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """labels [b, s], logits [s, b, rows of this rank]."""
+        if not self.report_logsumexp:
+            return super().compute_language_model_loss(labels, logits)
+        return self._report(token_losses(logits, labels.t().contiguous(), self.pg_collection.tp))
+
+    def _report(self, losses: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Losses and logsumexp, [s, b] each."""
+        return torch.stack(losses).transpose(1, 2) if self.report_logsumexp else losses[0].t().contiguous()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -60,9 +102,16 @@ def hide_padded_logits(output_layer: Any, inputs: Any, output: tuple[torch.Tenso
     logits, split = output[0], split_of(output_layer.weight)
     assert split is not None
     gathered = logits.shape[-1] != output_layer.weight.shape[0]
-    rows = split.parts[0].true if gathered else next(real for *_, real in split.shares())
+    rows = split.parts[0].true if gathered else real_rows(output_layer.weight)
     if rows < logits.shape[-1]:
         logits[..., rows:].fill_(torch.finfo(logits.dtype).min)
+
+
+def real_rows(weight: torch.Tensor) -> int:
+    """Rows of the output layer on this rank that are no padding."""
+    split = split_of(weight)
+    assert split is not None
+    return next(real for *_, real in split.shares())
 
 
 def build_model(
@@ -74,6 +123,8 @@ def build_model(
     position_embedding_type: str = "rope",
     rotary_base: int = 500000,
     stack_spec: ModuleSpec | None = None,
+    report_logsumexp: bool = False,
+    loss_chunk_tokens: int = 0,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -87,13 +138,14 @@ def build_model(
         padded_vocab_size: rows of the embedding and of the output layer, for any tensor-parallel size: the
             tokenizer's vocabulary rounded up to --make-vocab-size-divisible-by.
         stack_spec: default the released architecture.
+        report_logsumexp, loss_chunk_tokens: see OlmoHybridModel.
 
     Raises:
         ValueError: an interleaved pipeline whose messages Megatron would pair up wrongly.
     """
     _check_interleaving(config, pattern)
     use_olmo_init(config)
-    return OlmoHybridModel(
+    model = OlmoHybridModel(
         config,
         stack_spec or build_stack_spec(),
         padded_vocab_size,
@@ -107,6 +159,8 @@ def build_model(
         vp_stage=vp_stage,
         pg_collection=pg_collection,
     )
+    model.report_logsumexp, model.loss_chunk_tokens = report_logsumexp, loss_chunk_tokens
+    return model
 
 
 def _check_interleaving(config: TransformerConfig, pattern: str) -> None:
@@ -137,6 +191,8 @@ def model_from_args(
         position_embedding_type=args.position_embedding_type,
         rotary_base=args.rotary_base,
         stack_spec=stack_spec,
+        report_logsumexp=args.z_loss > 0,
+        loss_chunk_tokens=args.loss_chunk_tokens,
         **stage,
     )
 

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_hybrid.ladder import KINDS, ladder
+from megatron_hybrid.ladder import SIZES as LADDER_SIZES
+from megatron_hybrid.stages import stages
+
 FlagValue = str | int | float | bool | list[str]
 Flags = Mapping[str, FlagValue]
 
@@ -27,8 +31,7 @@ _FAMILY: Flags = {
     "no-create-attention-mask-in-dataloader": True,
 }
 
-#: Ai2's optimizer settings (which parameters decay is still Megatron's choice), and checkpoints that can be resumed
-#: under any split.
+#: Ai2's optimizer and loss (OLMo-core), and checkpoints that can be resumed under any split.
 _TRAINING: Flags = {
     "optimizer": "adam",
     "adam-beta1": 0.9,
@@ -38,8 +41,21 @@ _TRAINING: Flags = {
     "clip-grad": 1.0,
     "lr-decay-style": "cosine",
     "seed": 34521,
+    "weight-decay-on": "all_but_embedding",
+    "z-loss": 1e-5,
+    "skip-step": True,
+    "no-last-target": True,
     "ckpt-format": "torch_dist",
     "dist-ckpt-optim-fully-reshardable": True,
+}
+
+_AT_SCALE: Flags = {
+    "bf16": True,
+    "use-distributed-optimizer": True,
+    "save-interval": 1000,
+    "eval-interval": 10000,
+    "eval-iters": 10,
+    "log-interval": 10,
 }
 
 _OPTIMIZER_7B: Flags = {
@@ -50,12 +66,7 @@ _OPTIMIZER_7B: Flags = {
     "train-iters": 1414078,
     "micro-batch-size": 1,
     "global-batch-size": 512,
-    "bf16": True,
-    "use-distributed-optimizer": True,
-    "save-interval": 1000,
-    "eval-interval": 10000,
-    "eval-iters": 10,
-    "log-interval": 10,
+    **_AT_SCALE,
 }
 
 _OLMO_HYBRID_7B: Flags = {
@@ -128,4 +139,11 @@ PRESETS: Mapping[str, Flags] = {
     "olmo-hybrid-7b": _OLMO_HYBRID_7B,
     "olmo-hybrid-tiny": _OLMO_HYBRID_TINY,
     "olmo3-7b": _OLMO3_7B,
+    **stages(_OLMO_HYBRID_7B),
+    **ladder(_FAMILY, {**_TRAINING, **_AT_SCALE}),
 }
+
+#: All names, the ladder's in short.
+NAMES = ", ".join([name for name in sorted(PRESETS) if not name.startswith("ladder-")]) + (
+    f", ladder-SIZE-KIND with SIZE of {', '.join(LADDER_SIZES)} and KIND of {', '.join(KINDS)}"
+)

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_hybrid import compat
 from megatron_hybrid.config import HybridConfig
-from megatron_hybrid.flags import FlagError, check, compose
+from megatron_hybrid.flags import FlagError, check, compose, wsds_ends
 from megatron_hybrid.parallel import pipeline_layout
-from megatron_hybrid.presets import PRESETS
+from megatron_hybrid.plan import plan
+from megatron_hybrid.presets import NAMES
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -44,11 +45,15 @@ def own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "Other flags are Megatron's (--help-all).",
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", metavar="NAME", help=f"named set of flags: {', '.join(sorted(PRESETS))}")
+    parser.add_argument("--preset", metavar="NAME", help=f"named set of flags: {NAMES}")
     parser.add_argument(
         "--without", metavar="FLAG", action="append", default=[], help="leave this flag of the preset out (repeatable)"
     )
     parser.add_argument("--print-args", action="store_true", help="print the flat list of flags and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print steps, tokens, rates and memory, and stop")
+    parser.add_argument(
+        "--gpus", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="of the job, for --dry-run"
+    )
     parser.add_argument("--help-all", action="store_true", help="print Megatron's and the plugin's flags and stop")
     return parser.parse_known_args(list(argv))
 
@@ -144,6 +149,10 @@ def prepare(argv: Sequence[str]) -> argparse.Namespace:
                 print(planned, file=sys.stderr)
         if own.print_args:
             print("\n".join(_one_flag_a_line(flags)))
+            raise SystemExit(0)
+        if own.dry_run:
+            check([*flags, "--mock-data"])
+            print(plan(flags, own.preset, rest, own.gpus))
             raise SystemExit(0)
         if not own.help_all:
             check(flags)
@@ -279,8 +288,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_hybrid.data.provider import build_datasets
+    from megatron_hybrid.training import hooks
     from megatron_hybrid.training.loss import forward_step
 
+    loss = hooks.prepare(args, [end * args.global_batch_size for end in wsds_ends(args.wsds_periods)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*It is recommended to use a ModelConfig")
         container = pretrain_cfg_container_from_args(args)
@@ -292,6 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             forward_step,
             check_finite=args.check_for_nan_in_loss_and_grad,
             document_masking=args.document_masking,
+            **loss,
         ),
         model_provider=_provider_after_warm_up(args),
     )

@@ -184,6 +184,14 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "data_seed",
         "document_masking",
         "repetition_filter",
+        "weight_decay_on",
+        "z_loss",
+        "loss_chunk_tokens",
+        "last_target",
+        "skip_step",
+        "log_health",
+        "peak_tflops",
+        "wsds_periods",
     }
 
 

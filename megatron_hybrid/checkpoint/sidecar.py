@@ -28,8 +28,11 @@ def describe(
             the tokenizer's rounded up to --make-vocab-size-divisible-by: rows of the stored vocabulary matrices.
         true_vocab_size: tokens of the tokenizer.
     """
-    has_rope = args.position_embedding_type == "rope"
+    has_rope = args.position_embedding_type in ("rope", "yarn")
+    # Only there with YaRN: what exports a model without knowing the key would export another one, and refuses.
+    yarn = {"rope_scaling": _yarn(args)} if args.position_embedding_type == "yarn" else {}
     return {
+        **yarn,
         "format": FORMAT,
         "model_type": "olmo_hybrid",
         "hybrid_layer_pattern": args.hybrid_layer_pattern.replace("|", ""),
@@ -60,18 +63,29 @@ def describe(
     }
 
 
+def _yarn(args: argparse.Namespace) -> dict[str, Any]:
+    """In transformers' words; Megatron's defaults where the flags are not given."""
+    return {
+        "rope_type": "yarn",
+        "factor": args.rotary_scaling_factor,
+        "original_max_position_embeddings": args.yarn_original_max_position_embeddings or 4096,
+        "beta_fast": args.yarn_beta_fast or 32.0,
+        "beta_slow": args.yarn_beta_slow or 1.0,
+    }
+
+
 def write(folder: Path, description: dict[str, Any]) -> None:
     """Put the description into a checkpoint folder, whole or not at all.
 
     Raises:
-        SidecarError: the folder already describes another model. `max_position_embeddings` and `rope_theta` may
+        SidecarError: the folder already describes another model. The length and the positions may
             change, since training stages change them.
     """
     path = folder / FILE_NAME
     has_checkpoint = (folder / "latest_checkpointed_iteration.txt").exists()
     if path.exists() and has_checkpoint:  # without one, an earlier launch failed before it saved anything
         old = json.loads(path.read_text())
-        may_change = {"max_position_embeddings", "rope_theta"}
+        may_change = {"max_position_embeddings", "rope_theta", "rope_scaling"}
         for key in sorted((set(old) | set(description)) - may_change):
             if old.get(key) != description.get(key):
                 raise SidecarError(

@@ -11,6 +11,19 @@ from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
 
+class InnerTargets(GPTDataset):
+    """Megatron's dataset without each sample's last target, which lies outside the sample: 8,191 of 8,192, as OLMo's.
+
+    Every token stays a target or an input as Megatron cuts the samples; only the loss leaves the last position out.
+    """
+
+    def __getitem__(self, index: int | None) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        mask = sample["loss_mask"].clone()  # Megatron gives one mask to all samples
+        mask[-1] = 0
+        return {**sample, "loss_mask": mask}
+
+
 def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> list[Any]:
     """The datasets, from the arguments.
 
@@ -39,5 +52,6 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> list[
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    real = GPTDataset if args.last_target else InnerTargets
+    kind = MockGPTDataset if args.mock_data else real
     return BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build()

@@ -46,6 +46,11 @@ class OlmoAttention(SelfAttention):
                 "leave the flag out and choose with --qk-norm-width full|head|none"
             )
         super().__init__(config, submodules, layer_number, attn_mask_type=attn_mask_type, **kwargs)
+        if config.apply_rope_fusion and self._yarn_concentration_factor != 1:
+            raise ValueError(
+                "--position-embedding-type yarn: fused rotary embeddings leave out its attention factor "
+                f"{self._yarn_concentration_factor:.4f}; add --no-rope-fusion"
+            )
         self.qk_norm: QKNorm | None = None
         if qk_norm != "none":
             self.qk_norm = QKNorm(
@@ -116,7 +121,14 @@ class OlmoAttention(SelfAttention):
         if cu_seqlens is not None and group.size() > 1:
             routes = routes_of(x.shape[0], 1, packed_seq_params, group, x.device)
             argument, angles, cu_seqlens = argument.unsqueeze(1), angles[routes.positions[group.rank()]], None
-        rotated = apply_rotary_pos_emb(argument, angles, config=self.config, cu_seqlens=cu_seqlens, cp_group=group)
+        rotated = apply_rotary_pos_emb(
+            argument,
+            angles,
+            config=self.config,
+            cu_seqlens=cu_seqlens,
+            mscale=self._yarn_concentration_factor,  # HybridModel discards what its YaRN embedding returns
+            cp_group=group,
+        )
         return rotated.view(x.shape).to(x.dtype)
 
 

@@ -11,12 +11,19 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_hybrid.training.batches import next_batch
+from megatron_hybrid.training.log_line import Wait
 
 LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
 def sum_loss(
-    loss_mask: torch.Tensor, losses: torch.Tensor, *, check_finite: bool, counted_mask: torch.Tensor | None = None
+    loss_mask: torch.Tensor,
+    losses: torch.Tensor,
+    *,
+    check_finite: bool,
+    counted_mask: torch.Tensor | None = None,
+    z_loss: float = 0.0,
+    observe: Callable[[torch.Tensor], None] | None = None,
 ) -> LossParts:
     """Megatron's three-part loss: sum over this rank's tokens, their number, and what to report.
 
@@ -25,13 +32,22 @@ def sum_loss(
 
     Args:
         loss_mask: [b, s], 1 where a token counts.
-        losses: [b, s] cross-entropy of each token.
-        counted_mask: [b, s], 1 where a token counts in the number; None: as in the loss.
+        losses: [b, s] cross-entropy of each token, or [2, b, s]: that, and its logsumexp.
         check_finite: stop the run on NaN or infinity, after Megatron's rerun machine has looked at it.
+        counted_mask: [b, s], 1 where a token is in the denominator; default loss_mask. OLMo-core counts the tokens of
+            instances that its repetition filter leaves out of the sum.
+        z_loss: times the squared logsumexp, summed as the cross entropy is, is added to the loss (OLMo-core's rule)
+            but not to "lm loss", which stays the cross entropy; in training it is reported as "z loss".
+        observe: called in training with [sum of cross entropies, tokens] of each microbatch.
     """
     mask = loss_mask.view(-1).float()
-    total = torch.sum(losses.view(-1).float() * mask)
+    losses, logsumexp = losses if losses.dim() == 3 else (losses, None)
+    total = lm_loss = torch.sum(losses.reshape(-1).float() * mask)
     count = (mask if counted_mask is None else counted_mask).sum().detach().to(torch.int)
+    reports = {"lm loss": lm_loss}
+    if z_loss and logsumexp is not None:
+        reports["z loss"] = z_loss * torch.sum(logsumexp.reshape(-1).float().square() * mask)
+        total = lm_loss + reports["z loss"]
     if check_finite:
         rerun = get_rerun_state_machine()
         for reject, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
@@ -42,19 +58,33 @@ def sum_loss(
                 tolerance=0.0,
                 fatal=True,
             )
-    report = torch.cat([total.detach().view(1), count.view(1)])
-    return total, count, {"lm loss": report}
+    if not torch.is_grad_enabled():  # Megatron's evaluation prints a perplexity for whatever is reported
+        reports = {"lm loss": lm_loss}
+    elif observe is not None:
+        observe(torch.stack([lm_loss.detach().double(), count.double()]))
+    return total, count, {name: torch.stack([value.detach(), count.float()]) for name, value in reports.items()}
 
 
 def forward_step(
-    batches: Iterator[Any] | None, model: torch.nn.Module, check_finite: bool = True, document_masking: bool = False
+    batches: Iterator[Any] | None,
+    model: torch.nn.Module,
+    check_finite: bool = True,
+    document_masking: bool = False,
+    wait: Wait | None = None,
+    **loss_options: Any,
 ) -> tuple[torch.Tensor, Callable[..., LossParts]]:
     """Megatron's forward step: model output, and the function that turns it into a loss on the last stage.
+
+    Args:
+        wait: counts how long batches take to come.
+        loss_options: z_loss and observe of `sum_loss`.
 
     The loss stays a sum over this rank's tokens: Megatron's schedule and `finalize_model_grads` account for
     context parallelism, and multiplying by its size here too would double the gradients, silently.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if batches is not None and wait is not None:
+        batches = wait.timed(batches)
     batch = next_batch(batches, device, get_attr_wrapped_model(model, "pg_collection"), document_masking)
     output = model(
         batch["tokens"],
@@ -63,5 +93,5 @@ def forward_step(
         labels=batch["labels"],
         packed_seq_params=batch["packed_seq_params"],
     )
-    loss = partial(sum_loss, batch["loss_mask"], check_finite=check_finite, counted_mask=batch["counted_mask"])
-    return output, loss
+    loss_options["counted_mask"] = batch["counted_mask"]
+    return output, partial(sum_loss, batch["loss_mask"], check_finite=check_finite, **loss_options)
