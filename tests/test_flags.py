@@ -167,6 +167,12 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "gdn_cp_comm_type",
         "gdn_norm_epsilon",
         "pipeline_layout",
+        "fresh",
+        "verify_checkpoint",
+        "verify_data",
+        "allow_data_change",
+        "stop_file",
+        "max_nonfinite_steps",
     }
 
 

@@ -29,8 +29,8 @@ MAY_IMPORT = {
     "compat": {"cpu_backend"},
     "cpu_backend": set(),
     "data": {"tools", "config"},
-    "checkpoint": {"tools", "config"},
-    "training": {"config"},
+    "checkpoint": {"tools", "config", "checkpoint"},
+    "training": {"config", "checkpoint", "training"},
     "tools": {"tools", "config", "checkpoint", "kernels"},  # kernels: bench_kernels and tune_kernels
     "pretrain": {
         *("model", "layer_specs", "config", "presets", "flags", "parallel"),
