@@ -118,7 +118,7 @@ def test_padded_tensor_parallel_size_resumes_under_another(
     for tp in (1, 5):
         resumed = tmp_path / f"tp{tp}"
         shutil.copytree(straight / "checkpoints", resumed / "checkpoints")
-        (resumed / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+        shutil.rmtree(resumed / "checkpoints" / "iter_0000006")
         flags = ["--tensor-model-parallel-size", str(tp), "--save-interval", "100", "--ckpt-fully-parallel-load"]
         run_ranks(_train, tp, _arguments(data, resumed, *flags))
         np.testing.assert_allclose(losses(resumed), losses(straight)[3:], rtol=0, atol=2e-5)

@@ -197,9 +197,8 @@ def flags_for(start: Start, flags: Sequence[str]) -> list[str]:
     """Megatron's flags that load what was decided, and nothing else."""
     if start.chosen is None:
         return _without(flags, "--load")
-    kept = list(flags)
-    if start.wish.load is None or (start.wish.fresh and not start.wish.same):
-        kept = [*_without(flags, "--load"), "--load", str(start.chosen.folder.parent)]
+    root = start.chosen.folder.parent
+    kept = list(flags) if root == start.wish.pretrained else [*_without(flags, "--load"), "--load", str(root)]
     return kept if start.chosen.release else [*kept, "--ckpt-step", str(start.chosen.iteration)]
 
 
