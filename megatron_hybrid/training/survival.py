@@ -66,6 +66,7 @@ class Run:
         global_vars._GLOBAL_SIGNAL_HANDLER = self.stop
         self.guard = NonFiniteGuard(args.max_nonfinite_steps)
         training.train_step = self.guard.watching(training.train_step)
+        training.build_pretraining_data_loader = _with_own_generator(training.build_pretraining_data_loader, args.seed)
         if args.save and args.rank == 0:
             stop.clear_markers(Path(args.save))
         if args.async_save:  # its worker must outlive a signal to all processes of a job step
@@ -193,6 +194,23 @@ def begin(flags: Sequence[str], software: Callable[[], Mapping[str, str]]) -> tu
     for line in begun.lines:
         say(line)
     return Run(begun, software()), start.flags_for(begun, flags)
+
+
+def _with_own_generator(build_loader: Callable[..., Any], seed: int) -> Callable[..., Any]:
+    """Megatron's loaders, which draw their workers' seeds from a generator of their own.
+
+    They are built after a checkpoint has restored the random state, and would leave it one draw off.
+    """
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        loader = build_loader(*args, **kwargs)
+        if loader is not None:
+            loader.generator = torch.Generator().manual_seed(seed)
+        return loader
+
+    return build
 
 
 def data_prefixes(args: Namespace) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,16 @@ def _rng_hash() -> str:
     return digest.hexdigest()
 
 
-def kill_all_at(iteration: int) -> Callable[[int, int], None]:
+def kill_all_at(iteration: int, after: Path | None = None) -> Callable[[int, int], None]:
+    """SIGKILL to every rank before a step; in the step before it waits until the async save into `after` is written."""
+
     def before_step(rank: int, at: int) -> None:
+        deadline = time.monotonic() + 60
+        while after and at == iteration - 1 and len(list(after.glob("hashes_*.json"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        if after and at == iteration - 1:
+            time.sleep(1)  # for the worker to say so
         if at == iteration:
             os.killpg(0, signal.SIGKILL)
 

@@ -58,8 +58,9 @@ def _assert_same(straight: Path, run: Path) -> None:
 def test_killed_and_resumed_is_the_run_that_was_not_killed(
     flags: list[str], straight: Path, data: Path, tmp_path: Path
 ) -> None:
+    written = tmp_path / "checkpoints" / "iter_0000003" if flags else None
     with pytest.raises(AssertionError, match=r"exit codes \[-9, -9\]"):
-        run_ranks(train, 2, tmp_path, arguments(data, tmp_path, *flags), kill_all_at(5))
+        run_ranks(train, 2, tmp_path, arguments(data, tmp_path, *flags), kill_all_at(5, written))
     assert not list((tmp_path / "checkpoints").glob("*_*CLEAN")) + list((tmp_path / "checkpoints").glob("TRAIN*"))
     assert run_ranks(train, 2, tmp_path, arguments(data, tmp_path, *flags, *loading(tmp_path))) == [0, 0]
     _assert_same(straight, tmp_path)
