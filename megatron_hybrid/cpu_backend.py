@@ -126,7 +126,7 @@ def _worker_by_fork(original: Callable[..., Any]) -> Callable[..., Any]:
     """The async save's worker is forked: a new process would lack these replacements. Its queue is a shared one."""
 
     def init_persistent_async_worker(rank: int, mp_mode: str = "fork") -> None:
-        filesystem_async = importlib.import_module(_FILESYSTEM_ASYNC)
+        filesystem_async: Any = importlib.import_module(_FILESYSTEM_ASYNC)
         filesystem_async._results_queue = None  # Megatron makes one that processes share
         original(rank, "fork")
 
