@@ -63,7 +63,7 @@ TRAIN=(
     --data-path "$RUN/data" --split 98,2,0 --data-cache-path "$RUN/cache"
     --train-iters "$ITERATIONS" --global-batch-size "$GLOBAL_BATCH_SIZE" --micro-batch-size "$GLOBAL_BATCH_SIZE"
     --eval-interval "$STOP" --eval-iters 4 --log-interval 1
-    --save "$RUN/checkpoints" --save-interval "$STOP" --load "$RUN/checkpoints"
+    --save "$RUN/checkpoints" --save-interval "$STOP"
     --tensorboard-dir "$RUN/tensorboard"
 )
 train() {
@@ -74,7 +74,7 @@ step 4/8 "Training with tensor parallelism $RANKS on $DEVICE, to iteration $STOP
 train --exit-interval "$STOP"
 
 step 5/8 "Resuming from the checkpoint"
-train
+train --load "$RUN/checkpoints"
 
 step 6/8 "Exporting to Hugging Face and comparing logits on $CHECK_TOKENS tokens"
 tool convert export --checkpoint "$RUN/checkpoints" --output "$RUN/huggingface" \

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+
+from megatron_hybrid import __version__
 
 PYTHON = (3, 12)
 
@@ -28,6 +31,19 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def software() -> dict[str, str]:
+    """What a run's numbers may depend on: {name: version or kind}."""
+    import torch
+
+    packages = ("torch", "triton", "megatron-core", "transformer-engine", "apex", "numpy", "nvidia-nccl-cu13")
+    found = {name: installed(name) or "absent" for name in packages}
+    found["python"] = ".".join(map(str, sys.version_info[:3]))
+    found["megatron-hybrid"] = __version__
+    found["cuda"] = torch.version.cuda or "absent"
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
+    return found
 
 
 def use_transformer_engine() -> bool:

@@ -111,6 +111,19 @@ class HybridConfig:
         "its last tenth and the next starts at --lr again; with --lr-decay-style WSD",
     )
 
+    fresh: bool = _flag(
+        False, "start from random weights; checkpoints in --save are moved aside first. For a job's first start only"
+    )
+    verify_checkpoint: bool = _flag(True, "compare every byte of the checkpoint to load with its manifest")
+    verify_data: Literal["full", "size"] = _flag(
+        "full", "hash every byte of the data at the start, shared among ranks; or only indexes and 'size's"
+    )
+    allow_data_change: bool = _flag(False, "go on although the data are not those that the checkpoint was made with")
+    stop_file: str = _flag("", "a file that stops the run by being there (default: STOP in --save)")
+    max_nonfinite_steps: int = _flag(
+        5, "stop, with the samples named, after so many steps in a row without a finite gradient norm; 0 for never"
+    )
+
     def __post_init__(self) -> None:
         if self.gdn_states_every < 0:
             raise ValueError(f"--gdn-states-every {self.gdn_states_every}: must be 0 or more; nearest legal: 0")

@@ -122,6 +122,30 @@ def _state_from_the_start(original: Callable[..., Any]) -> Callable[..., Any]:
     return state_dict
 
 
+def _worker_by_fork(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The async save's worker is forked: a new process would lack these replacements. Its queue is a shared one."""
+
+    def init_persistent_async_worker(rank: int, mp_mode: str = "fork") -> None:
+        filesystem_async: Any = importlib.import_module(_FILESYSTEM_ASYNC)
+        filesystem_async._results_queue = None  # Megatron makes one that processes share
+        original(rank, "fork")
+
+    return init_persistent_async_worker
+
+
+def _staged_copies(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An async save copies tensors off the device before training goes on; on a CPU it would share them."""
+
+    @functools.wraps(original)
+    def preload_tensors(write_buckets: Any, non_blocking: bool = True) -> Any:
+        return [
+            (path, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for path, key, (data, tensors) in original(write_buckets, non_blocking)
+        ]
+
+    return staticmethod(preload_tensors)
+
+
 def _initialize_without_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
     return functools.partial(original, allow_no_cuda=True)
 
@@ -159,6 +183,7 @@ class Replacement:
 
 _STREAM = _Stream()
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
+_FILESYSTEM_ASYNC = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 #: Megatron modules whose literal device='cuda' or pin_memory=True a CPU run reaches.
 MODULES_NAMING_CUDA = (
@@ -238,10 +263,22 @@ def _replacements() -> list[Replacement]:
             "torch Adam stands in for the fused one: `step` is shared after load",
         ),
         Replacement(
-            "megatron.core.dist_checkpointing.strategies.filesystem_async",
+            _FILESYSTEM_ASYNC,
             "_results_queue",
             lambda original: queue.Queue(),
             "the writers are threads; the default spawns a process that imports everything again",
+        ),
+        Replacement(
+            _FILESYSTEM_ASYNC,
+            "FileSystemWriterAsync.preload_tensors",
+            _staged_copies,
+            "an async save would write weights that training has changed meanwhile",
+        ),
+        Replacement(
+            "megatron.training.initialize",
+            "init_persistent_async_worker",
+            _worker_by_fork,
+            "the worker of async saves is a new process, without these replacements",
         ),
         Replacement(
             "megatron.training.training", "initialize_megatron", _initialize_without_cuda, "asserts that CUDA is there"

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_hybrid import compat
+from megatron_hybrid.checkpoint.discovery import EXIT_UNLOADABLE, Unloadable
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.flags import FlagError, check, compose, wsds_ends
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.plan import plan
 from megatron_hybrid.presets import NAMES
+from megatron_hybrid.training import survival
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -58,11 +60,11 @@ def own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(list(argv))
 
 
-def fail(message: object) -> NoReturn:
-    """One line, once per job, exit status 2."""
+def fail(message: object, status: int = 2) -> NoReturn:
+    """One line, once per job, and an exit status."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def parse(flags: Sequence[str]) -> argparse.Namespace:
@@ -134,9 +136,14 @@ def provide_model(
 
 
 def prepare(argv: Sequence[str]) -> argparse.Namespace:
-    """Everything before process groups: flags checked, backend chosen, Megatron's arguments parsed.
+    """`prepare_run` for a command that does not train."""
+    return prepare_run(argv)[0]
 
-    Exits with one line and status 2 where something cannot work.
+
+def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
+    """Everything before process groups: flags checked, start decided, backend chosen, Megatron's arguments parsed.
+
+    Exits with one line where something cannot work: status 2 for a flag, 3 for a checkpoint that is not what was meant.
     """
     own, rest = own_arguments(argv)
     try:
@@ -156,6 +163,7 @@ def prepare(argv: Sequence[str]) -> argparse.Namespace:
             raise SystemExit(0)
         if not own.help_all:
             check(flags)
+            run, flags = survival.begin(flags, compat.software)
         added = compat.backend_flags(flags)
         if added and os.environ.get("RANK", "0") == "0":
             print(f"added for this machine: {' '.join(added)}", file=sys.stderr)
@@ -164,6 +172,7 @@ def prepare(argv: Sequence[str]) -> argparse.Namespace:
             _print_all_flags()
             raise SystemExit(0)
         compat.join_or_be_alone()
+        run.hook()
         args = parse([*flags, *added])
         stack_spec(args)
         _set_vocabulary(args, flags)
@@ -171,7 +180,9 @@ def prepare(argv: Sequence[str]) -> argparse.Namespace:
         if args.save:
             _describe_checkpoint(args)
         _prepare_data(args)
-        return args
+        return args, run
+    except Unloadable as error:
+        fail(error, EXIT_UNLOADABLE)
     except ValueError as error:
         fail(error)
 
@@ -265,8 +276,10 @@ def _prepare_data(args: argparse.Namespace) -> None:
         print(said, file=sys.stderr)
 
 
-def _provider_after_warm_up(args: argparse.Namespace) -> Callable[..., HybridModel]:
+def _provider_after_warm_up(args: argparse.Namespace, run: survival.Run) -> Callable[..., HybridModel]:
     """The model provider, and a rounded --ffn-hidden-size in args until it is called.
+
+    It is also the first of ours that Megatron calls when ranks can talk, and nothing is loaded yet.
 
     Before building a model Megatron warms up its fused functions with activations of half --ffn-hidden-size / TP, and
     fails where that is no whole number. The model, and every checkpoint, get the true width.
@@ -276,13 +289,15 @@ def _provider_after_warm_up(args: argparse.Namespace) -> Callable[..., HybridMod
 
     def provide(*stage: Any, **options: Any) -> HybridModel:
         args.ffn_hidden_size = width
+        run.agree(args)
         return provide_model(*stage, **options)
 
     return provide
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = prepare(sys.argv[1:] if argv is None else argv)
+    args, run = prepare_run(sys.argv[1:] if argv is None else argv)
+    run.attach(args)
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -295,18 +310,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*It is recommended to use a ModelConfig")
         container = pretrain_cfg_container_from_args(args)
-    pretrain(
-        container,
-        build_datasets,
-        ModelType.encoder_or_decoder,
-        partial(
-            forward_step,
-            check_finite=args.check_for_nan_in_loss_and_grad,
-            document_masking=args.document_masking,
-            **loss,
-        ),
-        model_provider=_provider_after_warm_up(args),
-    )
+    with run.running(args):
+        pretrain(
+            container,
+            build_datasets,
+            ModelType.encoder_or_decoder,
+            partial(
+                forward_step,
+                check_finite=args.check_for_nan_in_loss_and_grad,
+                document_masking=args.document_masking,
+                **loss,
+            ),
+            model_provider=_provider_after_warm_up(args, run),
+        )
 
 
 if __name__ == "__main__":  # Megatron's checkpoint writer may spawn a process that imports this file

@@ -192,6 +192,12 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "log_health",
         "peak_tflops",
         "wsds_periods",
+        "fresh",
+        "verify_checkpoint",
+        "verify_data",
+        "allow_data_change",
+        "stop_file",
+        "max_nonfinite_steps",
     }
 
 

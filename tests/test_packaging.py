@@ -32,8 +32,8 @@ MAY_IMPORT = {
     "compat": {"cpu_backend"},
     "cpu_backend": set(),
     "data": {"tools", "config", "data"},
-    "checkpoint": {"tools", "config"},
-    "training": {"training", "modules", "parallel", "config", "flops"},
+    "checkpoint": {"tools", "config", "checkpoint"},
+    "training": {"training", "modules", "parallel", "config", "flops", "checkpoint"},
     "tools": {"tools", "config", "checkpoint", "kernels"},  # kernels: bench_kernels and tune_kernels
     "pretrain": {
         *("model", "layer_specs", "config", "presets", "flags", "parallel", "plan"),

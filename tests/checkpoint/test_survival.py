@@ -1,0 +1,152 @@
+"""Runs that are killed, asked to stop, or read damaged data: what the next start does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_hybrid.tools.indexed_dataset import IndexedDatasetWriter
+from megatron_hybrid.tools.plot_run import read_series
+from tests.checkpoint.runs import STEPS, VOCAB, arguments, kill_all_at, latest, loading, train, weights_and_moments
+from tests.parallel.ranks import run_ranks
+
+ASYNC = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prefix = tmp_path_factory.mktemp("data") / "text"
+    generator = np.random.default_rng(0)
+    with IndexedDatasetWriter(prefix, VOCAB) as writer:
+        for _ in range(20):
+            writer.add_document(generator.integers(0, VOCAB - 1, size=100))
+        writer.commit()
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("straight")
+    assert run_ranks(train, 2, run, arguments(data, run)) == [0, 0]
+    assert json.loads((run / "checkpoints" / "TRAINING_COMPLETE").read_text())["iteration"] == STEPS
+    return run
+
+
+def _assert_same(straight: Path, run: Path) -> None:
+    """Every step's loss, gradient norm, samples and random state, and the last weights and moments, bit by bit."""
+    expected, found = (read_series(folder / "tensorboard") for folder in (straight, run))
+    for tag in ("lm loss", "grad-norm"):
+        assert list(found[tag].steps) == list(range(1, STEPS + 1))
+        np.testing.assert_array_equal(found[tag].values, expected[tag].values, err_msg=tag)
+    for rank in (0, 1):
+        for name in (f"samples_{rank}", f"rng_{rank}"):
+            assert latest(run / name) == latest(straight / name), name
+    ours, theirs = weights_and_moments(run, STEPS), weights_and_moments(straight, STEPS)
+    assert set(ours) == set(theirs) and len(ours) > 20
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("flags", [[], ASYNC], ids=["sync", "async"])
+def test_killed_and_resumed_is_the_run_that_was_not_killed(
+    flags: list[str], straight: Path, data: Path, tmp_path: Path
+) -> None:
+    written = tmp_path / "checkpoints" / "iter_0000003" if flags else None
+    with pytest.raises(AssertionError, match=r"exit codes \[-9, -9\]"):
+        run_ranks(train, 2, tmp_path, arguments(data, tmp_path, *flags), kill_all_at(5, written))
+    assert not list((tmp_path / "checkpoints").glob("*_*CLEAN")) + list((tmp_path / "checkpoints").glob("TRAIN*"))
+    assert run_ranks(train, 2, tmp_path, arguments(data, tmp_path, *flags, *loading(tmp_path))) == [0, 0]
+    _assert_same(straight, tmp_path)
+
+
+def _ask(how: str, run: Path) -> Any:
+    def before_step(rank: int, iteration: int) -> None:
+        if iteration == 2 and rank == 1:
+            if how == "stop file":
+                (run / "checkpoints" / "STOP").touch()
+            else:
+                os.kill(os.getpid(), getattr(signal, how))
+
+    return before_step
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "stop file"])
+def test_asked_to_stop_all_ranks_stop_after_one_step(
+    how: str, straight: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    assert run_ranks(train, 2, tmp_path, arguments(data, tmp_path), _ask(how, tmp_path)) == [0, 0]
+    said = json.loads((folder / "STOPPED_CLEAN").read_text())
+    reached = said["iteration"]
+    assert reached == 2 or (how == "stop file" and reached == 3)  # rank 0 may have looked before rank 1 made the file
+    assert how.removeprefix("SIG") in said["reason"] and said["seconds_from_request"] > 0
+    assert (folder / f"iter_{reached:07d}" / "COMPLETE").exists() and not (folder / "STOP").exists()
+    assert f"STOPPED_CLEAN iteration={reached}" in capfd.readouterr().err
+    if how == "SIGTERM":
+        assert run_ranks(train, 2, tmp_path, arguments(data, tmp_path, *loading(tmp_path))) == [0, 0]
+        assert sorted(path.name for path in folder.glob("[ST]*_*")) == ["TRAINING_COMPLETE"]
+        _assert_same(straight, tmp_path)
+
+
+def _poison(rank: int, iteration: int) -> None:
+    """From step 2 on, a gradient that is not finite."""
+    if iteration == 2:
+        import gc
+
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+        (model,) = (thing for thing in gc.get_objects() if isinstance(thing, HybridModel))
+        with torch.no_grad():
+            next(model.parameters()).fill_(float("nan"))
+
+
+def test_gradients_that_stay_nan_stop_the_run_and_name_the_samples(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--no-check-for-nan-in-loss-and-grad", "--max-nonfinite-steps", "2", "--save-interval", "100"]
+    assert run_ranks(train, 2, tmp_path, arguments(data, tmp_path, *flags), _poison) == [5, 5]
+    steps = json.loads((tmp_path / "checkpoints" / "STOPPED_NONFINITE").read_text())["steps"]
+    assert [(s["iteration"], s["first_sample"], s["end_sample"]) for s in steps] == [(2, 2, 4), (3, 4, 6)]
+    assert "iteration 2: 2 to 3; iteration 3: 4 to 5" in capfd.readouterr().err
+    assert not list((tmp_path / "checkpoints").glob("iter_*"))
+
+
+def test_a_flipped_byte_in_the_data_stops_the_next_start(
+    straight: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = arguments(data, tmp_path, "--load", str(straight / "checkpoints"))
+    content = Path(f"{data}.bin").read_bytes()
+    damaged = bytearray(content)
+    damaged[777] ^= 1
+    try:
+        Path(f"{data}.bin").write_bytes(damaged)
+        assert run_ranks(train, 2, tmp_path, flags) == [3, 3]
+    finally:
+        Path(f"{data}.bin").write_bytes(content)
+    error = capfd.readouterr().err
+    assert "error: --data-path: not the data of" in error and "text.bin has another content" in error
+    assert "--allow-data-change" in error and not list((tmp_path / "checkpoints").glob("iter_*"))
+
+
+def test_other_software_is_said(straight: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    from megatron_hybrid.checkpoint import commit
+
+    shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
+    folder = tmp_path / "checkpoints" / f"iter_{STEPS:07d}"
+    manifest = commit.read_json(folder / "manifest.json")
+    assert manifest["software"]["torch"].startswith("2.") and manifest["layout"]["data_parallel_size"] == 2
+    manifest["software"]["triton"] = "3.7.1"
+    commit.write_json(folder / "manifest.json", manifest)
+    marker = {"iteration": STEPS, "manifest_xxh3": commit.hash_file(folder / "manifest.json")["xxh3"]}
+    commit.write_json(folder / "COMPLETE", marker)
+    assert run_ranks(train, 2, tmp_path, arguments(data, tmp_path, *loading(tmp_path))) == [0, 0]
+    assert ": triton 3.7.1 then, 3.6.0 now" in capfd.readouterr().err
