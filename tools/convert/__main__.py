@@ -1,0 +1,75 @@
+"""The command line; see the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_hybrid.tools import convert
+from megatron_hybrid.tools.cli import run_cli
+from megatron_hybrid.tools.convert.output_folder import parse_size
+from megatron_hybrid.tools.convert.to_huggingface import ExportOptions, export
+from megatron_hybrid.tools.convert.to_megatron import ImportOptions, import_model
+
+DTYPES = ("float32", "bfloat16")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_hybrid.tools.convert", description=(convert.__doc__ or "").splitlines()[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_import(commands.add_parser("import", help="Hugging Face or OLMo-core to Megatron torch_dist"))
+    _add_export(commands.add_parser("export", help="Megatron torch_dist to Hugging Face"))
+    return parser
+
+
+def _add_import(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
+    command.add_argument("--output", type=Path, required=True, help="Megatron save folder to make; give it to --load")
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="cast every tensor but A_log and dt_bias, which become fp32; default: as stored"
+    )
+    command.add_argument(
+        "--true-vocab-size", type=int, help="tokens of the tokenizer; default: by tokenizer.json, else all rows"
+    )
+    command.add_argument(
+        "--follow-symlinks", action="store_true", help="read files that are symbolic links, as in a Hugging Face cache"
+    )
+    command.add_argument("--force", action="store_true", help="replace an earlier import in --output")
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--checkpoint", type=Path, required=True, help="Megatron save folder (its newest iteration) or an iter_ folder"
+    )
+    command.add_argument("--output", type=Path, required=True, help="Hugging Face folder to make")
+    command.add_argument("--iteration", type=int, help="which iteration of the save folder; default: the newest")
+    command.add_argument("--dtype", choices=DTYPES, help="cast every tensor but A_log and dt_bias; default: as stored")
+    command.add_argument(
+        "--match-release", action="store_true", help="every tensor in bf16, A_log and dt_bias too, as Ai2's release"
+    )
+    command.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        help="SentencePiece model that preprocessed the data, or a folder with a Hugging Face tokenizer; written too",
+    )
+    command.add_argument(
+        "--max-shard-size", type=parse_size, default="5GB", help="largest safetensors file; default: %(default)s"
+    )
+    command.add_argument("--force", action="store_true", help="replace an earlier export in --output")
+
+
+def main() -> None:
+    """Entry point."""
+    arguments = vars(build_parser().parse_args())
+    command = arguments.pop("command")
+    if command == "import":
+        print(import_model(ImportOptions(**arguments)))
+    else:
+        print(export(ExportOptions(max_shard_bytes=arguments.pop("max_shard_size"), **arguments)))
+
+
+if __name__ == "__main__":
+    run_cli(main)
