@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 LAYER_TYPES = {"G": "linear_attention", "*": "full_attention"}
 SLIDING = "sliding_attention"
-# What transformers' OlmoHybridForCausalLM and Olmo3ForCausalLM can express, key by key; anything else has no Hugging Face form.
+# What transformers' two models can express, key by key; anything else has no Hugging Face form.
 REQUIRED_OPTIONS = {"model_type": "olmo_hybrid", "norm_placement": "released", "qk_norm": "full", "output_gate": True}
 OPTIONAL_OPTIONS = {"gdn_norm_eps": 1e-5}
 ATTENTION, MLP = "self_attention.", "mlp."  # prefixes inside a Megatron layer

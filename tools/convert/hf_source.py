@@ -90,12 +90,13 @@ def open_hf(folder: Path, *, true_vocab_size: int | None = None, follow_symlinks
     for name in ("config.json", RECORD_FILE):
         if (folder / name).is_symlink() and not follow_symlinks:
             raise ToolError(f"{folder / name}: it is a symbolic link; give real files, or --follow-symlinks")
-    true_vocab_size = true_vocab_size or tokenizer_size(folder)
+    record = _record(folder)
+    true_vocab_size = true_vocab_size or record.get("sidecar", {}).get("true_vocab_size") or tokenizer_size(folder)
     config = read_hf_config(folder, true_vocab_size)
     found = read_folder(folder, follow_symlinks)
     rules = tensor_rules(config)
     places, renamed = _released_names(found, [name for rule in rules for name, _ in rule.hf], folder)
-    source = HfSource(folder, config, rules, places, renamed, _recorded(folder))
+    source = HfSource(folder, config, rules, places, renamed, _hashes(record, folder))
     for rule in rules:
         for name, shape in rule.hf:
             _check_place(source, name, shape)
@@ -154,14 +155,19 @@ def _check_place(source: HfSource, name: str, shape: Shape) -> None:
     raise ToolError(f"{place.file}: {place.name} has shape {list(place.shape)}, but config.json makes it {list(shape)}")
 
 
-def _recorded(folder: Path) -> dict[str, str]:
-    """SHA-256 by tensor of a folder that this project has exported; empty for another's."""
+def _record(folder: Path) -> dict[str, Any]:
+    """The conversion.json of a folder that this project has exported; empty for another's."""
     if not (folder / RECORD_FILE).is_file():
         return {}
     values: dict[str, Any] = read_json(folder / RECORD_FILE, "copy it again or remove it")
     if values.get("status") != "complete":
         raise ToolError(f"{folder / RECORD_FILE}: the conversion that wrote this folder did not finish; repeat it")
-    tensors = values.get("tensors")
+    return values
+
+
+def _hashes(record: dict[str, Any], folder: Path) -> dict[str, str]:
+    """SHA-256 by tensor, where the folder says it."""
+    tensors = record.get("tensors", {})
     if not isinstance(tensors, dict) or not all(isinstance(entry, dict) for entry in tensors.values()):
         raise ToolError(f"{folder / RECORD_FILE}: not a conversion record; copy it again or remove it")
     return {name: str(entry.get("sha256")) for name, entry in tensors.items()}

@@ -1,4 +1,4 @@
-"""Where a conversion reads from. Every source speaks of the released Hugging Face tensors, grouped by Megatron tensor."""
+"""Where a conversion reads from: every source gives the released Hugging Face tensors, grouped by Megatron tensor."""
 
 from __future__ import annotations
 
