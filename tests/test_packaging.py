@@ -36,7 +36,7 @@ MAY_IMPORT = {
         *("model", "layer_specs", "config", "presets", "flags", "parallel"),
         *("compat", "checkpoint", "data", "training"),
     },
-    "logits": {"pretrain", "flags"},
+    "logits": {"pretrain", "flags", "parallel", "tools"},
 }
 
 #: Never in our own code: they run what a file says.

@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 
 from megatron_hybrid.tools import convert
-from megatron_hybrid.tools.cli import run_cli
+from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.convert.info import InfoOptions, info
 from megatron_hybrid.tools.convert.output_folder import parse_size
 from megatron_hybrid.tools.convert.to_huggingface import ExportOptions, export
 from megatron_hybrid.tools.convert.to_megatron import ImportOptions, import_model
+from megatron_hybrid.tools.convert.verify import VerifyOptions, table, verify
 
 DTYPES = ("float32", "bfloat16")
 
@@ -22,6 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_import(commands.add_parser("import", help="Hugging Face or OLMo-core to Megatron torch_dist"))
     _add_export(commands.add_parser("export", help="Megatron torch_dist to Hugging Face"))
+    _add_verify(commands.add_parser("verify", help="are a Megatron checkpoint and a Hugging Face folder one model?"))
+    _add_info(commands.add_parser("info", help="what a folder holds, and the flags to train it"))
     return parser
 
 
@@ -61,12 +65,42 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace an earlier export in --output")
 
 
+def _add_verify(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--checkpoint", type=Path, required=True, help="Megatron save folder or an iter_ folder")
+    command.add_argument("--iteration", type=int, help="which iteration of the save folder; default: the newest")
+    command.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
+    command.add_argument(
+        "--text",
+        type=Path,
+        help="compare the perplexity of this text's first 1,024 tokens, by the folder's tokenizer",
+    )
+    command.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest difference of logits that passes; default: %(default)s"
+    )
+    command.add_argument(
+        "--weights-only", action="store_true", help="run neither model; for machines that cannot hold them in fp32"
+    )
+
+
+def _add_info(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, help="Megatron save folder, iter_ folder or Hugging Face folder")
+    command.add_argument("--iteration", type=int, help="which iteration of a save folder; default: the newest")
+    command.add_argument("--follow-symlinks", action="store_true", help="read files that are symbolic links")
+
+
 def main() -> None:
     """Entry point."""
     arguments = vars(build_parser().parse_args())
     command = arguments.pop("command")
     if command == "import":
         print(import_model(ImportOptions(**arguments)))
+    elif command == "info":
+        print(info(InfoOptions(**arguments)))
+    elif command == "verify":
+        rows = verify(VerifyOptions(**arguments))
+        print(table(rows))
+        if failed := [row.name for row in rows if row.holds is False]:
+            raise ToolError(f"{len(failed)} of {len(rows)} rows do not hold: {', '.join(failed)}")
     else:
         print(export(ExportOptions(max_shard_bytes=arguments.pop("max_shard_size"), **arguments)))
 

@@ -90,7 +90,7 @@ def open_hf(folder: Path, *, true_vocab_size: int | None = None, follow_symlinks
     for name in ("config.json", RECORD_FILE):
         if (folder / name).is_symlink() and not follow_symlinks:
             raise ToolError(f"{folder / name}: it is a symbolic link; give real files, or --follow-symlinks")
-    record = _record(folder)
+    record = read_record(folder)
     true_vocab_size = true_vocab_size or record.get("sidecar", {}).get("true_vocab_size") or tokenizer_size(folder)
     config = read_hf_config(folder, true_vocab_size)
     found = read_folder(folder, follow_symlinks)
@@ -155,7 +155,7 @@ def _check_place(source: HfSource, name: str, shape: Shape) -> None:
     raise ToolError(f"{place.file}: {place.name} has shape {list(place.shape)}, but config.json makes it {list(shape)}")
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """The conversion.json of a folder that this project has exported; empty for another's."""
     if not (folder / RECORD_FILE).is_file():
         return {}
