@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.tools.atomic_file import flush_to_disk, fsync_folder
+from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.dcp_reader import METADATA_FILE
 
 if TYPE_CHECKING:
@@ -105,7 +106,11 @@ class DcpWriter:
         if isinstance(content, io.BytesIO):
             self._handle.write(content.getbuffer())
         else:
-            torch.save(content, self._handle)
+            try:
+                torch.save(content, self._handle)
+            except RuntimeError as error:  # what torch makes of a write that failed
+                reason = error.__context__ if isinstance(error.__context__, OSError) else error
+                raise ToolError(f"{self._handle.name}: {name} could not be written ({reason})") from None
         place = _StorageInfo(os.path.basename(self._handle.name), start, self._handle.tell() - start)
         self._places[MetadataIndex(name, offsets, index)] = place
 

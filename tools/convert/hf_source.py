@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,8 +124,8 @@ def _released_names(
                 places[name], renamed[name] = left.pop(other), other
                 break
         else:
-            close = next((other for other in left if other.split(".")[:3] == name.split(".")[:3]), None)
-            hint = f", but {close} is there" if close else ""
+            close = difflib.get_close_matches(name, left, 1)
+            hint = f", but {close[0]} is there" if close else ""
             raise ToolError(f"{folder}: {name} is missing{hint}; the folder is not whole or not of this config.json")
     if left:
         first = next(iter(left.values()))
