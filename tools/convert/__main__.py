@@ -88,6 +88,14 @@ def _add_info(command: argparse.ArgumentParser) -> None:
     command.add_argument("--follow-symlinks", action="store_true", help="read files that are symbolic links")
 
 
+def print_verified(options: VerifyOptions) -> None:
+    """Prints the table; ToolError, which makes the exit status 1, unless every row holds that was asked for."""
+    rows = verify(options)
+    print(table(rows))
+    if failed := [row.name for row in rows if row.holds is False]:
+        raise ToolError(f"{len(failed)} of {len(rows)} rows do not hold: {', '.join(failed)}")
+
+
 def main() -> None:
     """Entry point."""
     arguments = vars(build_parser().parse_args())
@@ -97,10 +105,7 @@ def main() -> None:
     elif command == "info":
         print(info(InfoOptions(**arguments)))
     elif command == "verify":
-        rows = verify(VerifyOptions(**arguments))
-        print(table(rows))
-        if failed := [row.name for row in rows if row.holds is False]:
-            raise ToolError(f"{len(failed)} of {len(rows)} rows do not hold: {', '.join(failed)}")
+        print_verified(VerifyOptions(**arguments))
     else:
         print(export(ExportOptions(max_shard_bytes=arguments.pop("max_shard_size"), **arguments)))
 

@@ -7,6 +7,7 @@ in a process of its own: Megatron's, and transformers', which shares no code wit
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +100,8 @@ def _structure_rows(source: MegatronSource, places: dict[str, TensorPlace]) -> I
         if name in places and places[name].shape != shape
     ]
     yield _row("shapes", shapes, f"{sum(math.prod(shape) for shape in expected.values()):,} parameters")
-    plain = {place.dtype for name, place in places.items() if not name.endswith(FP32_ISLANDS)}
-    common = min(plain, key=lambda dtype: (dtype not in ITEM_BYTES, dtype)) if plain else ""
+    plain = Counter(place.dtype for name, place in places.items() if not name.endswith(FP32_ISLANDS))
+    common = plain.most_common(1)[0][0] if plain else ""
     legal = {common, "float32"}
     dtypes = [
         f"{name} is {place.dtype}"
