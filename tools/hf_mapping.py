@@ -169,7 +169,7 @@ def config_from_sidecar(values: Mapping[str, Any], source: str) -> ModelConfig:
     for name, value in given.items():
         _check_type(value, str(known[name].type), f"{source}: {name}")
     config = ModelConfig(**given, window_size=_window(window, source))
-    check_config(config, source)
+    _check_config(config, source)
     return config
 
 
@@ -200,7 +200,7 @@ def _window(value: object, source: str) -> tuple[int, int] | None:
     raise ToolError(f"{source}: window_size {value!r} cannot be expressed by transformers, legal: null or [LEFT, 0]")
 
 
-def check_config(config: ModelConfig, source: str) -> None:
+def _check_config(config: ModelConfig, source: str) -> None:
     """Raises ToolError for values that are each legal but do not make a model together."""
     foreign = sorted(set(config.hybrid_layer_pattern) - set(LAYER_TYPES) - {"|"})
     if foreign:

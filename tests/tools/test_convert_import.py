@@ -77,6 +77,23 @@ def test_round_trip_is_bit_equal(config: ModelConfig, dtype: torch.dtype, tmp_pa
         assert read == config
 
 
+@pytest.mark.parametrize("model_type", ["olmo_hybrid", "olmo3"])
+@pytest.mark.parametrize("layers", [2, 3, 32])
+def test_defaults_are_those_of_transformers(model_type: str, layers: int, tmp_path: Path) -> None:
+    from transformers import Olmo3Config, OlmoHybridConfig
+
+    theirs = {"olmo_hybrid": OlmoHybridConfig, "olmo3": Olmo3Config}[model_type](num_hidden_layers=layers)
+    said = {"model_type": model_type, "num_hidden_layers": layers, "rope_theta": 5e5}
+    write_json(tmp_path / "config.json", said)
+    found = asdict(read_hf_config(tmp_path, None))
+    for name, value in found.items():
+        if hasattr(theirs, name) and not (model_type == "olmo3" and name.startswith("linear_")):
+            assert value == getattr(theirs, name), name
+    assert read_hf_config(tmp_path, None).layer_types == theirs.layer_types
+    if model_type == "olmo3":
+        assert found["window_size"] == (theirs.sliding_window - 1, 0)
+
+
 def renamed(tensors: dict[str, torch.Tensor], changes: Callable[[str], str]) -> dict[str, torch.Tensor]:
     return {changes(name): tensor for name, tensor in tensors.items()}
 

@@ -6,7 +6,9 @@ torch.save makes, and `.metadata` is torch's own records, which `dcp_reader` and
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import os
 import pickle  # only to write; nothing is loaded
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.tools.atomic_file import flush_to_disk, fsync_folder
 from megatron_hybrid.tools.cli import ToolError
+from megatron_hybrid.tools.convert.in_order import InOrder, workers
 from megatron_hybrid.tools.dcp_reader import METADATA_FILE
 
 if TYPE_CHECKING:
@@ -24,23 +27,25 @@ FILE_BYTES = 4 * 2**30
 
 
 class DcpWriter:
-    """Writes `__0_N.distcp` files into a folder, and `.metadata` at the end, so that its presence means completeness.
+    """Writes `__LANE_N.distcp` files into a folder, and `.metadata` at the end, so that it says the rest is there.
 
     Args:
         folder: an existing empty folder.
         chunk_bytes: rows of a tensor are stored in blocks of at most this size.
         file_bytes: a file is closed and the next begun once it is this large.
+        lanes: threads that write, each into files of its own; each holds up to three blocks.
     """
 
-    def __init__(self, folder: Path, chunk_bytes: int = CHUNK_BYTES, file_bytes: int = FILE_BYTES) -> None:
-        self._folder, self._chunk_bytes, self._file_bytes = folder, chunk_bytes, file_bytes
+    def __init__(
+        self, folder: Path, chunk_bytes: int = CHUNK_BYTES, file_bytes: int = FILE_BYTES, lanes: int = workers()
+    ) -> None:
+        self._folder, self._chunk_bytes = folder, chunk_bytes
         self._tensors: dict[str, Any] = {}
-        self._places: dict[Any, Any] = {}
-        self._files = 0
-        self._handle: io.BufferedWriter | None = None
+        self._lanes = [_Lane(folder, lane, file_bytes) for lane in range(lanes)]
+        self._turn = itertools.cycle(self._lanes)
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """Stores a contiguous CPU tensor; host memory: one block of it more."""
+        """Stores a contiguous CPU tensor, which must not be changed afterwards; host memory: a few blocks more."""
         import torch
         from torch.distributed.checkpoint.metadata import (
             ChunkStorageMetadata,
@@ -48,17 +53,15 @@ class DcpWriter:
             TensorStorageMetadata,
         )
 
-        blocks = list(self._blocks(tensor))
         chunks = []
-        for start, rows in blocks:
+        for start, rows in self._blocks(tensor):
             part = tensor if rows is None else tensor[start : start + rows]
             offsets = torch.Size([start, *[0] * (tensor.dim() - 1)] if tensor.dim() else [])
             if part.untyped_storage().nbytes() != part.nbytes:  # torch.save would store all that a view belongs to
                 part = part.clone()
-            self._store(name, part, offsets, len(chunks))
+            next(self._turn).store(name, part, offsets, len(chunks))
             chunks.append(ChunkStorageMetadata(offsets, part.shape))
-        properties = TensorProperties(dtype=tensor.dtype)
-        self._tensors[name] = TensorStorageMetadata(properties, tensor.shape, chunks)
+        self._tensors[name] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.shape, chunks)
 
     def add_object(self, name: str, content: object) -> None:
         """Stores plain data as torch.save does, to be read with weights_only."""
@@ -67,23 +70,25 @@ class DcpWriter:
 
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        self._store(name, buffer, None, None)
+        self._lanes[0].store(name, buffer, None, None)
         self._tensors[name] = BytesStorageMetadata()
 
     def finish(self) -> None:
         """Closes the files and writes `.metadata`, all of it on the disk."""
         from torch.distributed.checkpoint.metadata import Metadata
 
-        self._close_file()
+        for lane in self._lanes:
+            lane.finish()
+        places = {index: place for lane in self._lanes for index, place in lane.places.items()}
         with open(self._folder / METADATA_FILE, "wb") as handle:
-            pickle.dump(Metadata(state_dict_metadata=self._tensors, storage_data=self._places), handle)
+            pickle.dump(Metadata(state_dict_metadata=self._tensors, storage_data=places), handle)
             flush_to_disk(handle)
         fsync_folder(self._folder)
 
     def abandon(self) -> None:
-        """Closes the file in work; without `.metadata` nobody takes the folder for a checkpoint."""
-        if self._handle is not None:
-            self._handle.close()
+        """Closes the files in work; without `.metadata` nobody takes the folder for a checkpoint."""
+        for lane in self._lanes:
+            lane.abandon()
 
     def _blocks(self, tensor: Tensor) -> list[tuple[int, int | None]]:
         """First row and number of rows of each block; None for a tensor stored whole."""
@@ -91,6 +96,32 @@ class DcpWriter:
             return [(0, None)]
         rows = max(1, self._chunk_bytes // (tensor.nbytes // tensor.shape[0]))
         return [(start, min(rows, tensor.shape[0] - start)) for start in range(0, tensor.shape[0], rows)]
+
+
+class _Lane:
+    """One thread and the file it writes."""
+
+    def __init__(self, folder: Path, lane: int, file_bytes: int) -> None:
+        self.places: dict[Any, Any] = {}
+        self._folder, self._lane, self._file_bytes, self._files = folder, lane, file_bytes, 0
+        self._handle: io.BufferedWriter | None = None
+        self._thread = InOrder(f"write{lane}", 2)
+
+    def store(self, name: str, content: Tensor | io.BytesIO, offsets: Any, index: int | None) -> None:
+        """Hands a chunk over; its place is known after `finish`."""
+        self._thread.submit(self._store, name, content, offsets, index)
+
+    def finish(self) -> None:
+        """Everything is on the disk then."""
+        self._thread.submit(self._close_file)
+        self._thread.finish()
+
+    def abandon(self) -> None:
+        """Stops early."""
+        self._thread.stop()
+        if self._handle is not None:
+            with contextlib.suppress(OSError):  # the disk is full, and the folder goes anyway
+                self._handle.close()
 
     def _store(self, name: str, content: Tensor | io.BytesIO, offsets: Any, index: int | None) -> None:
         import torch
@@ -100,7 +131,8 @@ class DcpWriter:
         if self._handle is not None and self._handle.tell() >= self._file_bytes:
             self._close_file()
         if self._handle is None:
-            self._handle = open(self._folder / f"__0_{self._files}.distcp", "wb")  # noqa: SIM115 closed at its end
+            path = self._folder / f"__{self._lane}_{self._files}.distcp"
+            self._handle = open(path, "wb")  # noqa: SIM115 closed at its end
             self._files += 1
         start = self._handle.tell()
         if isinstance(content, io.BytesIO):
@@ -112,7 +144,7 @@ class DcpWriter:
                 reason = error.__context__ if isinstance(error.__context__, OSError) else error
                 raise ToolError(f"{self._handle.name}: {name} could not be written ({reason})") from None
         place = _StorageInfo(os.path.basename(self._handle.name), start, self._handle.tell() - start)
-        self._places[MetadataIndex(name, offsets, index)] = place
+        self.places[MetadataIndex(name, offsets, index)] = place
 
     def _close_file(self) -> None:
         if self._handle is not None:

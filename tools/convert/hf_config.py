@@ -3,16 +3,59 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.checkpoint.sidecar import FORMAT
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.convert.output_folder import read_json
-from megatron_hybrid.tools.hf_mapping import LAYER_TYPES, SLIDING, ModelConfig, check_config
+from megatron_hybrid.tools.hf_mapping import LAYER_TYPES, REQUIRED_OPTIONS, SLIDING, ModelConfig, config_from_sidecar
 
 ARCHITECTURES = {"olmo_hybrid": "OlmoHybridForCausalLM", "olmo3": "Olmo3ForCausalLM"}
 OURS_ALONE = {"hybrid_layer_pattern", "true_vocab_size", "rope_theta", "window_size", "window_attn_skip_freq"}
+#: What a config.json need not say, as transformers 5.23 has it; None is derived from other values.
+_COMMON: dict[str, Any] = {
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "layer_types": None,
+}
+_HYBRID_SIZES = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "olmo_hybrid": {
+        **_COMMON,
+        "vocab_size": 100352,
+        "hidden_size": 3840,
+        "num_attention_heads": 30,
+        "max_position_embeddings": 65536,
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": 100277,
+        "eos_token_id": 100257,
+        "linear_conv_kernel_dim": 4,
+        "linear_allow_neg_eigval": True,
+        **dict.fromkeys(_HYBRID_SIZES),
+    },
+    "olmo3": {
+        **_COMMON,
+        "vocab_size": 50304,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 1,
+        "eos_token_id": 50279,
+        "sliding_window": 4096,
+        # Without Gated DeltaNet layers these mean nothing.
+        "linear_conv_kernel_dim": 1,
+        "linear_allow_neg_eigval": True,
+        **dict.fromkeys(_HYBRID_SIZES, 1),
+    },
+}
 #: What training has no other way to do; a config.json that says otherwise is another model.
 FIXED = {"attention_bias": False, "tie_word_embeddings": False, "hidden_act": "silu"}
 
@@ -59,7 +102,7 @@ def generation_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_hf_config(folder: Path, true_vocab_size: int | None) -> ModelConfig:
-    """The model that a folder's config.json describes, its defaults filled in by transformers itself.
+    """The model that a folder's config.json describes, its defaults filled in as transformers does.
 
     Args:
         folder: the Hugging Face folder.
@@ -79,52 +122,58 @@ def read_hf_config(folder: Path, true_vocab_size: int | None) -> ModelConfig:
                 f"{path}: {key} is set, and a converted model can have none; give the plain bf16 or fp32 model"
             )
     rope_theta = _rope_theta(values, path)
-    from transformers import Olmo3Config, OlmoHybridConfig
-
-    try:
-        filled = (OlmoHybridConfig if model_type == "olmo_hybrid" else Olmo3Config)(
-            **{key: value for key, value in values.items() if key not in ("model_type", "transformers_version")}
-        )
-    except Exception as error:  # transformers validates with several types
-        raise ToolError(f"{path}: transformers refuses it ({' '.join(str(error).split())[:200]})") from None
+    filled = _with_defaults(values, model_type, path)
     for key, legal in FIXED.items():
-        if getattr(filled, key) != legal:
-            raise ToolError(f"{path}: {key} {getattr(filled, key)!r} is not supported, legal: {legal!r}")
+        if filled[key] != legal:
+            raise ToolError(f"{path}: {key} {filled[key]!r} is not supported, legal: {legal!r}")
     return _model_config(filled, rope_theta, true_vocab_size, path)
 
 
-def _model_config(filled: Any, rope_theta: float | None, true_vocab_size: int | None, path: Path) -> ModelConfig:
-    symbols = {name: symbol for symbol, name in LAYER_TYPES.items()} | {SLIDING: "*"}
-    types = list(filled.layer_types)
-    if foreign := sorted(set(types) - set(symbols)):
-        raise ToolError(f"{path}: layer_types has {foreign[0]!r}, legal: {', '.join(symbols)}")
-    if len(types) != filled.num_hidden_layers:
-        raise ToolError(f"{path}: num_hidden_layers {filled.num_hidden_layers}, but layer_types has {len(types)}")
-    linear = {
-        name: getattr(filled, name, 1)  # without Gated DeltaNet layers they mean nothing
-        for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
-        for name in (f"linear_{name}",)
+def _with_defaults(values: dict[str, Any], model_type: str, path: Path) -> dict[str, Any]:
+    """What transformers makes of a config.json; importing it for that would take longer than the rest."""
+    filled = DEFAULTS[model_type] | values
+    for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
+        if type(filled[name]) is not int or filled[name] < 1:
+            raise ToolError(f"{path}: {name} must be a number above 0, but is {filled[name]!r}")
+    hidden, heads = filled["hidden_size"], filled["num_attention_heads"]
+    key_dim = filled["linear_key_head_dim"] or int(0.75 * hidden / heads)
+    types = [LAYER_TYPES["*"] if layer % 4 == 3 else LAYER_TYPES["G"] for layer in range(filled["num_hidden_layers"])]
+    if model_type == "olmo3":
+        types = [SLIDING if name == LAYER_TYPES["G"] else name for name in types]
+    elif LAYER_TYPES["*"] not in types:
+        types[-1] = LAYER_TYPES["*"]
+    derived = {
+        "num_key_value_heads": heads,
+        "head_dim": hidden // heads,
+        "layer_types": types,
+        "linear_num_key_heads": heads,
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": key_dim,
+        "linear_value_head_dim": 2 * key_dim,
     }
-    config = ModelConfig(
-        hybrid_layer_pattern="".join(symbols[name] for name in types),
-        vocab_size=filled.vocab_size,
-        true_vocab_size=true_vocab_size or filled.vocab_size,
-        hidden_size=filled.hidden_size,
-        intermediate_size=filled.intermediate_size,
-        num_attention_heads=filled.num_attention_heads,
-        num_key_value_heads=filled.num_key_value_heads or filled.num_attention_heads,
-        head_dim=getattr(filled, "head_dim", None) or filled.hidden_size // filled.num_attention_heads,
-        **linear,
-        linear_allow_neg_eigval=getattr(filled, "linear_allow_neg_eigval", True),
-        rms_norm_eps=filled.rms_norm_eps,
-        rope_theta=rope_theta,
-        max_position_embeddings=filled.max_position_embeddings,
-        eos_token_id=filled.eos_token_id,
-        pad_token_id=filled.pad_token_id,
-        **_windows(types, getattr(filled, "sliding_window", None), path),
-    )
-    check_config(config, str(path))
-    return config
+    return filled | {key: value for key, value in derived.items() if filled[key] is None}
+
+
+def _model_config(
+    filled: dict[str, Any], rope_theta: float | None, true_vocab_size: int | None, path: Path
+) -> ModelConfig:
+    symbols = {name: symbol for symbol, name in LAYER_TYPES.items()} | {SLIDING: "*"}
+    types = filled["layer_types"]
+    foreign = [name for name in types if name not in symbols] if isinstance(types, list) else [types]
+    if foreign:
+        raise ToolError(f"{path}: layer_types has {foreign[0]!r}, legal: {', '.join(symbols)}")
+    if len(types) != filled["num_hidden_layers"]:
+        raise ToolError(f"{path}: num_hidden_layers {filled['num_hidden_layers']}, but layer_types has {len(types)}")
+    values = {
+        "format": FORMAT,
+        **REQUIRED_OPTIONS,
+        **{field.name: filled[field.name] for field in fields(ModelConfig) if field.name in filled},
+        "hybrid_layer_pattern": "".join(symbols[name] for name in types),
+        "true_vocab_size": true_vocab_size or filled["vocab_size"],
+        "rope_theta": rope_theta,
+        **_windows(types, filled.get("sliding_window"), path),
+    }
+    return config_from_sidecar(values, str(path))
 
 
 def _rope_theta(values: dict[str, Any], path: Path) -> float | None:

@@ -6,6 +6,7 @@ and what a file says is checked before it is used. Headers are checked by the pa
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.tools.atomic_file import flush_to_disk
 from megatron_hybrid.tools.cli import ToolError
+from megatron_hybrid.tools.convert.in_order import InOrder, workers
 from megatron_hybrid.tools.convert.output_folder import read_json
 from megatron_hybrid.tools.hf_mapping import Shape
 
@@ -145,23 +147,32 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._data_start = 8 + len(text)
+        self._threads = [InOrder(f"write{number}", 2) for number in range(workers())]
+        self._turn = itertools.cycle(self._threads)
         self._handle = open(path, "wb")  # noqa: SIM115 closed by close()
         self._handle.write(len(text).to_bytes(8, "little") + text)
+        self._handle.flush()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes a contiguous tensor to its place."""
+        """Writes a contiguous tensor, which must not be changed afterwards, to its place."""
         import torch
 
         start, end = self._offsets.pop(name)
         content = tensor.reshape(-1).view(torch.uint8).numpy()
         if content.nbytes != end - start:
             raise ToolError(f"{name}: {content.nbytes} bytes where {end - start} were planned; this is a defect")
-        self._handle.seek(self._data_start + start)
-        self._handle.write(content.data)
+        next(self._turn).submit(self._write_at, self._data_start + start, memoryview(content))
+
+    def _write_at(self, offset_bytes: int, content: memoryview) -> None:
+        while content:
+            written = os.pwrite(self._handle.fileno(), content, offset_bytes)
+            content, offset_bytes = content[written:], offset_bytes + written
 
     def close(self, complete: bool = True) -> None:
         """Closes the file; with `complete`, once every planned tensor is on the disk."""
         with self._handle:
+            for thread in self._threads:
+                thread.finish() if complete else thread.stop()
             if complete:
                 if self._offsets:
                     raise ToolError(

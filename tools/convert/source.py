@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_hybrid.checkpoint.sidecar import FILE_NAME as SIDECAR_FILE
 from megatron_hybrid.tools.cli import ToolError
+from megatron_hybrid.tools.convert.in_order import InOrder
 from megatron_hybrid.tools.convert.safetensors_folder import ITEM_BYTES
 from megatron_hybrid.tools.dcp_reader import TorchDistCheckpoint, find_iteration
 from megatron_hybrid.tools.hf_mapping import (
@@ -129,32 +130,27 @@ def read_ahead(source: Source, state: str = PARAM) -> Iterator[tuple[TensorRule,
 
 
 class Hashes:
-    """SHA-256 of tensors by name, computed beside the caller's work; at most one tensor's is outstanding."""
+    """SHA-256 of tensors by name, computed beside the caller's work."""
 
     def __init__(self, check: Callable[[str, str], None] | None = None) -> None:
         """check: called with the name and the hash of each tensor; what it raises comes out of `add` or `all`."""
         self._check = check
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash")
-        self._waiting: tuple[str, Any] | None = None
+        self._thread = InOrder("hash", 1)
         self._known: dict[str, str] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Hashes a contiguous tensor, which must not be changed afterwards."""
-        self._collect()
-        self._waiting = name, self._pool.submit(sha256_of, tensor)
+        self._thread.submit(self._hash, name, tensor)
 
     def all(self) -> dict[str, str]:
         """What was added; ends the thread."""
-        self._collect()
-        self._pool.shutdown()
+        self._thread.finish()
         return self._known
 
-    def _collect(self) -> None:
-        if self._waiting is not None:
-            (name, future), self._waiting = self._waiting, None
-            self._known[name] = future.result()
-            if self._check:
-                self._check(name, self._known[name])
+    def _hash(self, name: str, tensor: Tensor) -> None:
+        self._known[name] = sha256_of(tensor)
+        if self._check:
+            self._check(name, self._known[name])
 
 
 def sha256_of(tensor: Tensor) -> str:
