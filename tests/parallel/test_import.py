@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,8 +18,14 @@ from megatron_hybrid.tools.convert.hf_config import hf_config
 from megatron_hybrid.tools.convert.model_flags import training_flags
 from megatron_hybrid.tools.convert.output_folder import write_json
 from megatron_hybrid.tools.convert.to_megatron import ImportOptions, import_model
+from megatron_hybrid.tools.convert.to_olmo_core import OlmoCoreOptions, export_olmo_core
+from megatron_hybrid.tools.dcp_reader import TorchDistCheckpoint
 from megatron_hybrid.tools.hf_mapping import ModelConfig
+from megatron_hybrid.tools.indexed_dataset import IndexedDatasetWriter
+from megatron_hybrid.tools.plot_run import read_series
 from tests.parallel.ranks import run_ranks
+from tests.test_pretrain import VOCAB, _train
+from tests.test_pretrain import _arguments as _arguments_of_a_run
 from tests.tools.tiny_model import TINY, random_hf_tensors
 
 HYBRID = replace(TINY, hybrid_layer_pattern="GGG*", rope_theta=None, max_position_embeddings=64)
@@ -116,3 +123,29 @@ def _assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     for name, tensor in expected.items():
         assert found[name].dtype == (islands if name.endswith(ISLANDS) else tensor.dtype), name
         assert torch.equal(found[name].float(), tensor.float()), name
+
+
+def test_a_run_moves_to_olmo_core_and_back_and_goes_on(tmp_path: Path) -> None:
+    """Three steps, Adam's state through OLMo-core's format, three more: the losses of six steps, bit for bit."""
+    prefix, flags = tmp_path / "text", ["--use-distributed-optimizer", "--save-interval", "100"]
+    generator = np.random.default_rng(0)
+    with IndexedDatasetWriter(prefix, VOCAB) as writer:
+        for _ in range(40):
+            writer.add_document(generator.integers(0, VOCAB - 1, size=200))
+        writer.commit()
+    straight, first, moved = (tmp_path / name for name in ("straight", "first", "moved"))
+    run_ranks(_train, 1, _arguments_of_a_run(prefix, straight, *flags))
+    run_ranks(_train, 1, _arguments_of_a_run(prefix, first, *flags, "--exit-interval", "3"))
+    export_olmo_core(OlmoCoreOptions(first / "checkpoints", tmp_path / "core", optimizer=True))
+    options = ImportOptions(tmp_path / "core", moved / "checkpoints", config=tmp_path / "core" / "huggingface")
+    options = replace(options, optimizer=True, global_batch_size=4, lr=3e-3, min_lr=3e-4, true_vocab_size=VOCAB - 1)
+    import_model(options)
+    one, other = (TorchDistCheckpoint(path / "checkpoints" / "iter_0000003") for path in (first, moved))
+    assert one.tensors.keys() == other.tensors.keys() and any("exp_avg_sq" in name for name in one.tensors)
+    for name in one.tensors:
+        assert torch.equal(one.read(name), other.read(name)), name
+    run_ranks(_train, 1, _arguments_of_a_run(prefix, moved, *flags, "--override-opt-param-scheduler"))
+    expected, found = (read_series(run / "tensorboard") for run in (straight, moved))
+    for tag in ("lm loss", "grad-norm", "learning-rate"):
+        assert list(found[tag].steps) == [4, 5, 6]
+        np.testing.assert_array_equal(found[tag].values, expected[tag].values[3:], err_msg=tag)

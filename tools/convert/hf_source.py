@@ -41,6 +41,11 @@ class HfSource:
     renamed: dict[str, str]
     recorded: dict[str, str] = field(default_factory=dict)  # SHA-256 by name, where the folder says it
 
+    @property
+    def dialect(self) -> str:
+        """Whose names the folder has, in words."""
+        return f"{len(self.renamed)} of another dialect, the rest released" if self.renamed else "released"
+
     def dtype(self, rule: TensorRule) -> str:
         return self.places[rule.hf[0][0]].dtype
 

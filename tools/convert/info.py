@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.convert.hf_source import HfSource, open_hf
 from megatron_hybrid.tools.convert.model_flags import training_flags
+from megatron_hybrid.tools.convert.olmo_core import OlmoCoreSource, is_olmo_core, open_olmo_core
 from megatron_hybrid.tools.convert.output_folder import RECORD_FILE, read_json
 from megatron_hybrid.tools.convert.safetensors_folder import ITEM_BYTES
 from megatron_hybrid.tools.convert.source import EXP_AVG, MegatronSource, Source, open_megatron
@@ -23,6 +24,7 @@ class InfoOptions:
 
     folder: Path
     iteration: int | None = None
+    config: Path | None = None
     follow_symlinks: bool = False
 
 
@@ -32,23 +34,26 @@ def info(options: InfoOptions) -> str:
     Raises:
         ToolError: it holds no model of this family, or the model is not whole; the message says what is wrong.
     """
-    source = open_any(options.folder, options.iteration, options.follow_symlinks)
+    source = open_any(options)
     rows = [("folder", str(source.folder)), *_kind_rows(source), *_model_rows(source)]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
 
-def open_any(folder: Path, iteration: int | None = None, follow_symlinks: bool = False) -> Source:
+def open_any(options: InfoOptions) -> Source:
     """The model in a folder of any kind that can be read."""
+    folder, iteration = options.folder, options.iteration
     if not folder.is_dir():
         raise ToolError(f"{folder}: no such folder")
     if any((folder / name).exists() for name in (TRACKER_FILE, CONFIG_FILE)) or iteration is not None:
         return open_megatron(folder, iteration)
+    if is_olmo_core(folder):
+        return open_olmo_core(folder, options.config)
     if (folder / "config.json").exists():
-        return open_hf(folder, follow_symlinks=follow_symlinks)
+        return open_hf(folder, follow_symlinks=options.follow_symlinks)
     raise ToolError(
         f"{folder}: none of {TRACKER_FILE}, {METADATA_FILE}, config.json is in it; "
-        "give a Megatron save folder or a Hugging Face folder"
+        "give a Megatron save folder, an OLMo-core checkpoint or a Hugging Face folder"
     )
 
 
@@ -60,6 +65,9 @@ def _kind_rows(source: Source) -> Iterator[tuple[str, str]]:
         record = source.folder.parent / RECORD_FILE
         if record.is_file():
             yield "imported from", str(read_json(record, "copy it again").get("source"))
+    elif isinstance(source, OlmoCoreSource):
+        yield "kind", f"OLMo-core, names of its {source.dialect}"
+        yield "optimizer state", f"Adam at step {source.check_optimizer():g}" if source.has_optimizer else "no"
     elif isinstance(source, HfSource):
         yield "kind", "Hugging Face"
         dialects = sorted(set(source.renamed.values()))

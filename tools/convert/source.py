@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")  # every model tensor's name starts with one of these
 FP32_ISLANDS = ("A_log", "dt_bias")  # the decay of Gated DeltaNet; bf16 rounds it by as much as 0.4 %
 PARAM, EXP_AVG, EXP_AVG_SQ = "param", "exp_avg", "exp_avg_sq"  # a parameter, and Adam's two moments of it
+OPTIMIZER = "optimizer."  # before PARAM: the optimizer's own fp32 copy of the parameter
 
 
 class Source(Protocol):
@@ -69,7 +70,7 @@ class MegatronSource:
         return self.checkpoint.stored(rule.megatron).dtype
 
     def read(self, rule: TensorRule, state: str = PARAM) -> dict[str, Tensor]:
-        name = rule.megatron if state == PARAM else f"optimizer.state.{state}.{rule.megatron}"
+        name = rule.megatron if state == PARAM else f"optimizer.state.{state.removeprefix(OPTIMIZER)}.{rule.megatron}"
         parts = to_hf(rule, self.checkpoint.read(name), self.config)
         return {name: part.contiguous() for name, part in parts.items()}
 
