@@ -18,10 +18,10 @@ from megatron_hybrid.tools.convert.hf_config import read_hf_config
 from megatron_hybrid.tools.convert.hf_source import read_record
 from megatron_hybrid.tools.convert.output_folder import RECORD_FILE
 from megatron_hybrid.tools.convert.safetensors_folder import ITEM_BYTES, TensorPlace, read_folder, read_tensor
-from megatron_hybrid.tools.convert.source import FP32_ISLANDS, MegatronSource, open_megatron, read_ahead, sha256_of
+from megatron_hybrid.tools.convert.source import FP32_ISLANDS, MegatronSource, open_megatron, sha256_of
 from megatron_hybrid.tools.convert.verify_models import compare_models
 from megatron_hybrid.tools.convert.verify_rows import Row
-from megatron_hybrid.tools.hf_mapping import hf_tensor_shapes, to_megatron
+from megatron_hybrid.tools.hf_mapping import hf_tensor_shapes, to_hf, to_megatron
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,21 +119,23 @@ def _weight_rows(source: MegatronSource, places: dict[str, TensorPlace], folder:
     hashes: list[str] = []
     total_bytes = sum(place.size_bytes for place in places.values())
     with byte_progress_bar("verify", total_bytes) as bar:
-        for rule, stored in read_ahead(source):
+        for rule in source.rules:
+            stored = source.checkpoint.read(rule.megatron)
+            parts = to_hf(rule, stored, source.config)
             names = [name for name, shape in rule.hf if name in places and places[name].shape == shape]
             tensors = {name: read_tensor(places[name]) for name in names if places[name].dtype in ITEM_BYTES}
+            equal = len(tensors) == len(rule.hf)
             for name, tensor in tensors.items():
-                where = first_difference(stored[name].to(tensor.dtype), tensor)
-                if where:
+                if where := first_difference(parts[name].to(tensor.dtype), tensor):
                     differing.append(f"{name} differs in {where}")
+                    equal = False
                 if name in recorded and sha256_of(tensor) != recorded[name].get("sha256"):
                     hashes.append(name)
                 bar.update(tensor.nbytes)
-            if len(tensors) == len(rule.hf) and not any(name in text for text in differing for name in tensors):
-                joined = to_megatron(rule, tensors, source.config)
-                again = to_megatron(rule, {name: part.to(joined.dtype) for name, part in stored.items()}, source.config)
-                if first_difference(again, joined):
-                    differing.append(f"{rule.megatron} does not come back")
+            if equal:  # and the other way: the folder's tensors make the checkpoint's
+                made = to_megatron(rule, tensors, source.config)
+                if where := first_difference(stored[: len(made)].to(made.dtype), made):
+                    differing.append(f"{rule.megatron} differs in {where}")
     compared = f"{len(places)} tensors bit-equal to the checkpoint's, both ways"
     rows = [_row("weights", differing, compared)]
     if recorded:
@@ -146,10 +148,11 @@ def first_difference(expected: Tensor, found: Tensor) -> str:
     import torch
 
     width = {4: torch.int32, 2: torch.int16}[found.element_size()]
-    different = expected.reshape(-1).view(width) != found.reshape(-1).view(width)
-    count = int(different.sum())
-    if not count:
+    one, other = expected.reshape(-1).view(width), found.reshape(-1).view(width)
+    if torch.equal(one, other):
         return ""
+    different = one != other
+    count = int(different.sum())
     if found.dim() < 2:
         return f"{count} of {found.numel()} elements"
     rows = different.view(found.shape[0], -1).any(1).nonzero().flatten()
