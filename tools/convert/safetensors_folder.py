@@ -52,7 +52,8 @@ def read_header(path: Path, follow_symlinks: bool = True) -> dict[str, TensorPla
     if not path.is_file():
         raise ToolError(f"{path}: no such file; copy the whole folder again")
     try:
-        with safe_open(path, framework="pt"):  # checks that ranges fill the file exactly, without gap or overlap
+        # Checks that ranges fill the file exactly, without gap or overlap; "pt" would map the file as private memory.
+        with safe_open(path, framework="numpy"):
             pass
         with open(path, "rb") as handle:
             header_bytes = int.from_bytes(handle.read(8), "little")
