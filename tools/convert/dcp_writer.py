@@ -53,7 +53,7 @@ class DcpWriter:
             TensorStorageMetadata,
         )
 
-        chunks = []
+        chunks: list[ChunkStorageMetadata] = []
         for start, rows in self._blocks(tensor):
             part = tensor if rows is None else tensor[start : start + rows]
             offsets = torch.Size([start, *[0] * (tensor.dim() - 1)] if tensor.dim() else [])

@@ -36,8 +36,15 @@ OPTIMIZER = "optimizer."  # before PARAM: the optimizer's own fp32 copy of the p
 class Source(Protocol):
     """A model that was found to be whole, readable rule by rule."""
 
-    config: ModelConfig
-    rules: list[TensorRule]
+    @property
+    def config(self) -> ModelConfig:
+        """The model."""
+        ...
+
+    @property
+    def rules(self) -> list[TensorRule]:
+        """Its tensors, in the order in which they are converted."""
+        ...
 
     @property
     def folder(self) -> Path:

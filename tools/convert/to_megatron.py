@@ -182,7 +182,7 @@ def common_state(config: ModelConfig, adam: AdamState | None) -> dict[str, Any]:
         no_save_rng=True,
         consumed_train_samples=adam.consumed_samples if adam else 0,
     )
-    state = {
+    state: dict[str, Any] = {
         "args": args,
         "checkpoint_version": 3.0,
         "iteration": adam.step if adam else 0,
