@@ -16,6 +16,7 @@ FOLDERS = {
     "megatron_hybrid.layer_specs": "layer_specs",
     "megatron_hybrid.tools": "tools",
     "megatron_hybrid.tools.corpus": "tools/corpus",
+    "megatron_hybrid.tools.convert": "tools/convert",
 }
 VERSION = re.search(r'__version__ = "(.+)"', Path("megatron_hybrid/__init__.py").read_text()).group(1)  # type: ignore[union-attr]
 

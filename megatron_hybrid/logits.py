@@ -2,8 +2,9 @@
 
     python -m megatron_hybrid.logits --preset olmo-hybrid-tiny --load CHECKPOINT ... --tokens IN --output OUT
 
-IN is a safetensors file with "tokens" int64 [B, T]; OUT gets "logits" fp32 [B, T, padded vocabulary]. All other flags
-are those that the checkpoint was trained with; parallel sizes are 1, whatever they were then.
+IN is a safetensors file with "tokens" int64 [B, T]; OUT gets "logits" fp32 [B, T, padded vocabulary]. Packed rows,
+greedy tokens and losses can be asked for too: see `tools.convert.questions`. All other flags are those that the
+checkpoint was trained with; parallel sizes are 1, whatever they were then.
 """
 
 from __future__ import annotations
@@ -33,15 +34,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron.training.checkpointing import load_checkpoint
     from safetensors.torch import load_file, save_file
 
+    from megatron_hybrid.parallel.packed import pack
+    from megatron_hybrid.tools.convert.questions import answers
+
     training.initialize_megatron()
     model = training.get_model(provide_model, wrap_with_ddp=False)
     load_checkpoint(model, None, None)
     device = next(model[0].parameters()).device
-    tokens = load_file(own.tokens)["tokens"].to(device)
     model[0].eval()
+
+    def forward(tokens: torch.Tensor, lengths: list[int] | None) -> torch.Tensor:
+        if lengths is None:
+            return model[0](tokens, torch.arange(tokens.shape[1], device=device).expand_as(tokens), None)
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+        return model[0](tokens, positions, None, packed_seq_params=pack(lengths, layout="contiguous", device=device))
+
     with torch.no_grad():
-        logits = model[0](tokens, torch.arange(tokens.shape[1], device=device).expand_as(tokens), None)
-    save_file({"logits": logits.float().cpu().contiguous()}, own.output)
+        found = answers({name: tensor.to(device) for name, tensor in load_file(own.tokens).items()}, forward)
+    save_file(found, own.output)
 
 
 if __name__ == "__main__":

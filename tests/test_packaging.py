@@ -39,7 +39,7 @@ MAY_IMPORT = {
         *("model", "layer_specs", "config", "presets", "flags", "parallel", "plan"),
         *("compat", "checkpoint", "data", "training", "kernels"),
     },
-    "logits": {"pretrain", "flags"},
+    "logits": {"pretrain", "flags", "parallel", "tools"},
 }
 
 #: Never in our own code: they run what a file says.

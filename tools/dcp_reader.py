@@ -15,9 +15,11 @@ import json
 import math
 import pickle  # only to subclass Unpickler below; nothing is loaded with pickle.load or pickle.loads
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from megatron_hybrid.tools.cli import ToolError
 
@@ -90,6 +92,7 @@ ALLOWED_GLOBALS: dict[tuple[str, str], object] = {
     (_DCP + "metadata", "StorageMeta"): _StorageMeta,
     (_DCP + "metadata", "_MEM_FORMAT_ENCODING"): _as_given,
     (_DCP + "filesystem", "_StorageInfo"): _StorageInfo,
+    ("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
     ("torch", "Size"): _as_given,  # a tuple of sizes
     ("torch.serialization", "_get_layout"): _as_given,  # the name of a layout
     ("pathlib", "PosixPath"): _joined_path,  # the checkpoint's own path, when Megatron was given a Path
@@ -134,15 +137,18 @@ class TorchDistCheckpoint:
 
     Args:
         folder: the `iter_XXXXXXX` folder itself.
+        megatron: whether Megatron wrote it, so that its own mark of completeness must be there; OLMo-core's have none.
 
     Raises:
         ToolError: the folder is incomplete or of another format, or its metadata is damaged or hostile.
     """
 
-    def __init__(self, folder: Path) -> None:
-        require_complete(folder)
+    def __init__(self, folder: Path, megatron: bool = True) -> None:
+        if megatron:
+            require_complete(folder)
         self.folder = folder
-        self.tensors: dict[str, StoredTensor] = read_metadata(folder / METADATA_FILE)
+        self.tensors: dict[str, StoredTensor]
+        self.tensors, self._objects = read_metadata(folder / METADATA_FILE)
 
     def read(self, name: str) -> Tensor:
         """Tensor `name`, whole, on the CPU, in its stored dtype; host memory: the tensor and one chunk of it.
@@ -187,6 +193,18 @@ class TorchDistCheckpoint:
                     f"{place}: needs bytes {chunk.offset_bytes} to {end}, but the file ends at {size_bytes}; "
                     "it is truncated, use another iteration or copy it again"
                 )
+
+    @contextmanager
+    def open_object(self, name: str) -> Iterator[BinaryIO]:
+        """The bytes of an object that is no tensor, as torch.save wrote them; ToolError if there is none."""
+        if name not in self._objects:
+            raise ToolError(f"{self.folder / METADATA_FILE}: no object {name}")
+        file, offset_bytes, length_bytes = self._objects[name]
+        path = self.folder / file
+        if not path.is_file() or path.stat().st_size < offset_bytes + length_bytes:
+            raise ToolError(f"{path}: {name} is not whole in it; the file is missing or truncated, copy it again")
+        with open(path, "rb") as handle:
+            yield cast(BinaryIO, _FileSlice(handle, offset_bytes, length_bytes))
 
     def stored(self, name: str) -> StoredTensor:
         """The description of tensor `name`; ToolError if the checkpoint has none of that name."""
@@ -348,8 +366,8 @@ def require_complete(folder: Path) -> None:
         raise ToolError(f"{folder}: format {backend!r} is not supported, legal: 'torch_dist'; save with --ckpt-format")
 
 
-def read_metadata(path: Path) -> dict[str, StoredTensor]:
-    """All tensors in a `.metadata` file by name; objects that are no tensors are left out.
+def read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, tuple[str, int, int]]]:
+    """All tensors in a `.metadata` file by name, and the file, offset and length of what is no tensor.
 
     Raises:
         ToolError: the file is damaged, or asks for anything but plain metadata records.
@@ -366,14 +384,17 @@ def read_metadata(path: Path) -> dict[str, StoredTensor]:
         raise ToolError(f"{path}: unreadable ({type(error).__name__}: {_first_line(error)})") from None
 
 
-def _tensors_of(content: object) -> dict[str, StoredTensor]:
+def _tensors_of(content: object) -> tuple[dict[str, StoredTensor], dict[str, tuple[str, int, int]]]:
     """Turns the unpickled records into checked descriptions."""
     fields = _fields(content, _Metadata)
     places: dict[tuple[str, Shape], tuple[str, int, int]] = {}
+    objects: dict[str, tuple[str, int, int]] = {}
     for index, info in fields["storage_data"].items():
         key = _fields(index, _Index)
         if key.get("offset") is not None:
             places[_text(key["fqn"]), _shape(key["offset"])] = _place(_fields(info, _StorageInfo))
+        else:
+            objects[_text(key["fqn"])] = _place(_fields(info, _StorageInfo))
     tensors = {}
     for name, record in fields["state_dict_metadata"].items():
         if isinstance(record, _BytesMetadata):
@@ -392,7 +413,7 @@ def _tensors_of(content: object) -> dict[str, StoredTensor]:
         if dtype not in DTYPES:
             raise ToolError(f"tensor {name}: dtype {dtype!r} is not supported")
         tensors[_text(name)] = StoredTensor(name, _shape(tensor["size"]), dtype, tuple(chunks))
-    return tensors
+    return tensors, objects
 
 
 def _fields(record: object, kind: type[_Record]) -> dict[str, Any]:

@@ -2,36 +2,41 @@
 
     python -m megatron_hybrid.tools.hf_logits --model HF_FOLDER --tokens TOKENS.safetensors --output OUT.safetensors
 
-TOKENS holds "tokens", integers [B, T]; OUT gets "logits", fp32 [B, T, V]. Meant for a process of its own, so that
-the comparison with Megatron shares no code and no state. Tokens are not padded and each row is one document.
+TOKENS holds "tokens", integers [B, T]; OUT gets "logits", fp32 [B, T, V]. Packed rows, greedy tokens and losses can be
+asked for too: see `tools.convert.questions`. Meant for a process of its own, so that the comparison with Megatron
+shares no model code and no state. Each document is run by itself, without padding.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.tools.cli import ToolError, run_cli
-from megatron_hybrid.tools.compare_logits import read_tensor
+from megatron_hybrid.tools.convert.questions import answers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def load_model(folder: Path) -> Any:
-    """transformers' OlmoHybridForCausalLM of a local folder, fp32, in evaluation mode.
+    """transformers' OlmoHybridForCausalLM or Olmo3ForCausalLM of a local folder, fp32, in evaluation mode.
 
     Raises:
         ToolError: no model there, or its tensors are not exactly those that the model has; transformers alone would
             initialise what is missing at random and only warn.
     """
     import torch
-    from transformers import OlmoHybridForCausalLM
+    from transformers import AutoConfig, Olmo3ForCausalLM, OlmoHybridForCausalLM
 
     if not (folder / "config.json").is_file():
         raise ToolError(f"--model {folder}: no config.json in it; give a folder made by tools.convert export")
-    model, report = OlmoHybridForCausalLM.from_pretrained(
+    model_type = AutoConfig.from_pretrained(str(folder), local_files_only=True).model_type
+    if model_type not in ("olmo_hybrid", "olmo3"):
+        raise ToolError(f"--model {folder}: model_type {model_type!r}, legal: 'olmo_hybrid', 'olmo3'")
+    model, report = (OlmoHybridForCausalLM if model_type == "olmo_hybrid" else Olmo3ForCausalLM).from_pretrained(
         str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
     )
     for kind, names in report.items():
@@ -58,6 +63,16 @@ def hf_logits(model: Any, tokens: Tensor) -> Tensor:
         return torch.cat([model(row[None].long(), use_cache=False).logits.float() for row in tokens])
 
 
+def document_logits(model: Any, tokens: Tensor, lengths: list[int] | None) -> Tensor:
+    """Logits of rows [B, T], or of one packed row [1, T] whose documents are run one by one."""
+    import torch
+
+    if lengths is None:
+        return hf_logits(model, tokens)
+    documents = [document for document in tokens.split(lengths, dim=1) if document.numel()]
+    return torch.cat([hf_logits(model, document) for document in documents], dim=1)
+
+
 def main() -> None:
     """Entry point; see the module's docstring."""
     parser = argparse.ArgumentParser(
@@ -67,13 +82,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, required=True, help='safetensors file with "tokens", int64 [B, T]')
     parser.add_argument("--output", type=Path, required=True, help='safetensors file to write "logits" to')
     arguments = parser.parse_args()
-    tokens = read_tensor(arguments.tokens, "tokens")
-    logits = hf_logits(load_model(arguments.model), tokens)
+    if not arguments.tokens.is_file():
+        raise ToolError(f"--tokens {arguments.tokens}: no such file")
 
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
-    save_file({"logits": logits.contiguous()}, arguments.output)
-    print(f"{arguments.output}: logits {list(logits.shape)} fp32")
+    model = load_model(arguments.model)
+    found = answers(load_file(arguments.tokens), partial(document_logits, model))
+    if not found:
+        raise ToolError(f'--tokens {arguments.tokens}: nothing to answer in it; it should hold "tokens", int64 [B, T]')
+    save_file(found, arguments.output)
+    print(f"{arguments.output}: {', '.join(f'{name} {list(tensor.shape)}' for name, tensor in found.items())}")
 
 
 if __name__ == "__main__":

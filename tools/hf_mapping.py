@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 LAYER_TYPES = {"G": "linear_attention", "*": "full_attention"}
-# What transformers' OlmoHybridForCausalLM can express, key by key; anything else has no Hugging Face form.
+SLIDING = "sliding_attention"
+# What transformers' two models can express, key by key; anything else has no Hugging Face form.
 REQUIRED_OPTIONS = {"model_type": "olmo_hybrid", "norm_placement": "released", "qk_norm": "full", "output_gate": True}
-OPTIONAL_OPTIONS = {"gdn_norm_eps": 1e-5, "window_size": None, "window_attn_skip_freq": None}
+OPTIONAL_OPTIONS = {"gdn_norm_eps": 1e-5}
 ATTENTION, MLP = "self_attention.", "mlp."  # prefixes inside a Megatron layer
 
 
@@ -36,7 +37,9 @@ class ModelConfig:
     """A model's dimensions and options, with the keys of the sidecar that the trainer writes beside its weights.
 
     `vocab_size` is the true vocabulary rounded up to a multiple of 128, whatever tensor parallelism padded the
-    stored tensors to; `rope_theta` None means no position embedding at all (NoPE).
+    stored tensors to; `rope_theta` None means no position embedding at all (NoPE). `window_size` (tokens to the left
+    and to the right, the query not counted) holds in all attention layers but every `window_attn_skip_freq`th.
+    A pattern without `G` is the transformer baseline, OLMo 3, whose `linear_` sizes mean nothing.
     """
 
     hybrid_layer_pattern: str
@@ -58,11 +61,27 @@ class ModelConfig:
     max_position_embeddings: int
     eos_token_id: int | None
     pad_token_id: int | None
+    window_size: tuple[int, int] | None = None
+    window_attn_skip_freq: int | None = None
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether there are Gated DeltaNet layers; without, it is an OLMo 3."""
+        return "G" in self.hybrid_layer_pattern
 
     @property
     def layer_types(self) -> list[str]:
         """Hugging Face's name for each layer, in order; `|` marks pipeline stages and is no layer."""
-        return [LAYER_TYPES[symbol] for symbol in self.hybrid_layer_pattern.replace("|", "")]
+        symbols = self.hybrid_layer_pattern.replace("|", "")
+        return [
+            SLIDING if symbol == "*" and self.has_window(index) else LAYER_TYPES[symbol]
+            for index, symbol in enumerate(symbols)
+        ]
+
+    def has_window(self, layer: int) -> bool:
+        """Whether attention in a layer, counted from 0, sees `window_size` only: Megatron's rule."""
+        freq = self.window_attn_skip_freq
+        return self.window_size is not None and (freq is None or (layer + 1) % freq != 0)
 
 
 OLMO_HYBRID_7B = ModelConfig(
@@ -142,14 +161,21 @@ def config_from_sidecar(values: Mapping[str, Any], source: str) -> ModelConfig:
             f"{source}: unknown key {unknown[0]!r}; it may change the model, so it is not ignored; "
             f"legal: {', '.join(sorted([*known, *options, 'format']))}"
         )
-    missing = sorted(set(known) - set(values))
+    missing = sorted(set(known) - {"window_size", "window_attn_skip_freq"} - set(values))
     if missing:
         raise ToolError(f"{source}: key {missing[0]!r} is missing; write the file with the trainer")
-    for name, field in known.items():
-        _check_type(values[name], str(field.type), f"{source}: {name}")
-    config = ModelConfig(**{name: values[name] for name in known})
+    given = {name: values[name] for name in known if name in values}
+    window = given.pop("window_size", None)
+    for name, value in given.items():
+        _check_type(value, str(known[name].type), f"{source}: {name}")
+    config = ModelConfig(**given, window_size=_window(window, source))
     _check_config(config, source)
     return config
+
+
+def sidecar_values(config: ModelConfig) -> dict[str, Any]:
+    """A configuration with the keys of a sidecar: the inverse of `config_from_sidecar`."""
+    return {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
 
 
 def _check_type(value: object, declared: str, name: str) -> None:
@@ -165,19 +191,35 @@ def _check_type(value: object, declared: str, name: str) -> None:
         raise ToolError(f"{name} must be above 0, but is {value!r}")
 
 
+def _window(value: object, source: str) -> tuple[int, int] | None:
+    """A sidecar's window_size: nothing, or tokens to the left and none to the right."""
+    if value is None:
+        return None
+    if isinstance(value, list | tuple) and len(value) == 2 and type(value[0]) is int and value[0] > 0 and value[1] == 0:
+        return value[0], 0
+    raise ToolError(f"{source}: window_size {value!r} cannot be expressed by transformers, legal: null or [LEFT, 0]")
+
+
 def _check_config(config: ModelConfig, source: str) -> None:
     """Raises ToolError for values that are each legal but do not make a model together."""
     foreign = sorted(set(config.hybrid_layer_pattern) - set(LAYER_TYPES) - {"|"})
     if foreign:
         raise ToolError(
             f"{source}: hybrid_layer_pattern {config.hybrid_layer_pattern!r} has the symbol {foreign[0]!r}, "
-            "which transformers' OlmoHybridForCausalLM has no layer for; legal: G and *, with | between stages"
+            "which transformers has no layer for; legal: G and *, with | between stages"
         )
-    if set(config.layer_types) != set(LAYER_TYPES.values()):
+    if "*" not in config.hybrid_layer_pattern:
         raise ToolError(
-            f"{source}: hybrid_layer_pattern {config.hybrid_layer_pattern!r} needs at least one G and one *; "
+            f"{source}: hybrid_layer_pattern {config.hybrid_layer_pattern!r} needs at least one *; "
             "transformers refuses the model otherwise"
         )
+    if config.window_size is not None and config.is_hybrid:
+        raise ToolError(
+            f"{source}: window_size {list(config.window_size)} cannot be expressed by transformers' "
+            "OlmoHybridForCausalLM, legal: null; such a model has no Hugging Face form and can only be used in Megatron"
+        )
+    if not config.is_hybrid and config.rope_theta is None:
+        raise ToolError(f"{source}: rope_theta None cannot be expressed by transformers' Olmo3ForCausalLM")
     for large, small in (
         ("num_attention_heads", "num_key_value_heads"),
         ("linear_num_value_heads", "linear_num_key_heads"),
@@ -366,7 +408,7 @@ def to_megatron(
         padding = (vocab_rows or config.vocab_size) - config.vocab_size
         if padding < 0:
             raise ToolError(f"{rule.megatron}: {vocab_rows} rows cannot hold vocab_size {config.vocab_size}")
-        return torch.nn.functional.pad(parts[0], (0, 0, 0, padding))
+        return torch.nn.functional.pad(parts[0], (0, 0, 0, padding)) if padding else parts[0]
     if rule.layout is Layout.STACKED_ROWS:
         return torch.cat(parts)
     groups = config.num_key_value_heads

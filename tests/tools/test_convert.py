@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_hybrid.tools import convert
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.compare_logits import compare_logits
-from megatron_hybrid.tools.convert import ExportOptions, export, hf_config, parse_size
+from megatron_hybrid.tools.convert import ExportOptions, export, output_folder, source, to_huggingface
+from megatron_hybrid.tools.convert.hf_config import hf_config
+from megatron_hybrid.tools.convert.output_folder import parse_size
 from megatron_hybrid.tools.generate import Sampling, generate, load_tokenizer
 from megatron_hybrid.tools.hf_logits import hf_logits, load_model
 from megatron_hybrid.tools.hf_mapping import ModelConfig
@@ -149,11 +150,17 @@ def test_shards_are_indexed_from_what_is_on_disk(checkpoints: dict[int, Path], t
     assert all(torch.equal(tensor, expected[name]) for name, tensor in read_all(tmp_path / "hf").items())
 
 
-def test_dtype_casts_every_tensor(checkpoints: dict[int, Path], tmp_path: Path) -> None:
-    export(ExportOptions(checkpoints[1], tmp_path / "hf", dtype="bfloat16"))
+@pytest.mark.parametrize("as_released", [False, True], ids=["dtype", "match_release"])
+def test_a_cast_spares_the_decay_unless_the_release_is_matched(
+    checkpoints: dict[int, Path], tmp_path: Path, as_released: bool
+) -> None:
+    flags = {"match_release": True} if as_released else {"dtype": "bfloat16"}
+    export(ExportOptions(checkpoints[1], tmp_path / "hf", **flags))
     expected = model_tensors(mixed=False)
     for name, tensor in read_all(tmp_path / "hf").items():
-        assert torch.equal(tensor, expected[name].bfloat16()), name
+        if as_released or not name.endswith(FP32_ISLANDS):
+            expected[name] = expected[name].bfloat16()
+        assert torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype, name
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -247,7 +254,7 @@ def test_a_failure_leaves_nothing_and_keeps_the_earlier_export(
 
     earlier = tmp_path / "earlier"
     export(ExportOptions(checkpoints[1], earlier))
-    monkeypatch.setattr(convert, fails_at, fail)
+    monkeypatch.setattr(source if fails_at == "sha256_of" else to_huggingface, fails_at, fail)
     for output in (tmp_path / "hf", earlier):
         with pytest.raises(OSError, match="No space left"):
             export(ExportOptions(checkpoints[1], output, force=True))
@@ -289,7 +296,7 @@ def test_faults_of_the_checkpoint_are_found_before_anything_is_written(
     save_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     iteration, output = save_folder / "iter_0000007", tmp_path / "hf"
-    monkeypatch.delattr(convert, "make_working_folder")
+    monkeypatch.delattr(output_folder, "make_working_folder")
 
     def refused(message: str) -> None:
         with pytest.raises(ToolError, match=message) as caught:

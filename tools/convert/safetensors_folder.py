@@ -1,0 +1,182 @@
+"""Safetensors files and folders of them: read tensor by tensor with plain reads, written tensor by tensor.
+
+The safetensors package reads through a memory map and writes only whole files from memory; here a tensor is held once,
+and what a file says is checked before it is used. Headers are checked by the package itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hybrid.tools.atomic_file import flush_to_disk
+from megatron_hybrid.tools.cli import ToolError
+from megatron_hybrid.tools.convert.in_order import InOrder, workers
+from megatron_hybrid.tools.convert.output_folder import read_json
+from megatron_hybrid.tools.hf_mapping import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_FILE = "model.safetensors.index.json"
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """One tensor of a safetensors file. `dtype` is torch's name without the prefix, or the file's own if foreign."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    file: Path
+    offset_bytes: int
+    size_bytes: int
+
+
+def read_header(path: Path, follow_symlinks: bool = True) -> dict[str, TensorPlace]:
+    """All tensors of a file; ToolError if it is missing, a symbolic link that may not be followed, or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.is_symlink() and not follow_symlinks:
+        raise ToolError(
+            f"{path}: it is a symbolic link to {os.readlink(path)}; give real files, or --follow-symlinks if you trust "
+            "it (a Hugging Face cache is made of links)"
+        )
+    if not path.is_file():
+        raise ToolError(f"{path}: no such file; copy the whole folder again")
+    try:
+        # Checks that ranges fill the file exactly, without gap or overlap; "pt" would map the file as private memory.
+        with safe_open(path, framework="numpy"):
+            pass
+        with open(path, "rb") as handle:
+            header_bytes = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(header_bytes))
+    except (SafetensorError, ValueError) as error:
+        raise ToolError(f"{path}: unreadable ({error}); it is truncated or damaged, copy it again") from None
+    known = {short: name for name, short in DTYPE_NAMES.items()}
+    places = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            dtype = known.get(entry["dtype"], entry["dtype"])
+            places[name] = TensorPlace(name, tuple(entry["shape"]), dtype, path, 8 + header_bytes + start, end - start)
+    return places
+
+
+def read_tensor(place: TensorPlace) -> Tensor:
+    """The tensor at a place, on the CPU, read once from the disk.
+
+    Raises:
+        ToolError: a dtype that no model of this family has, or the file ends early.
+    """
+    import torch
+
+    if place.dtype not in DTYPE_NAMES:
+        raise ToolError(f"{place.file}: {place.name} is {place.dtype}, legal: {', '.join(DTYPE_NAMES)}")
+    tensor = torch.empty(place.shape, dtype=getattr(torch, place.dtype))
+    if tensor.numel():
+        target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        with open(place.file, "rb", buffering=0) as handle:
+            handle.seek(place.offset_bytes)
+            filled = 0
+            while filled < place.size_bytes:
+                count = handle.readinto(target[filled:])
+                if not count:
+                    raise ToolError(f"{place.file}: ends inside {place.name}; it is truncated, copy it again")
+                filled += count
+    return tensor
+
+
+def read_folder(folder: Path, follow_symlinks: bool = False) -> dict[str, TensorPlace]:
+    """All tensors of a Hugging Face folder: one model.safetensors, or the files that the index names.
+
+    Raises:
+        ToolError: no weights, an index that disagrees with the files or leads out of the folder, a link, damage.
+    """
+    again = "copy the whole folder again"
+    if not (folder / INDEX_FILE).exists() and not (folder / INDEX_FILE).is_symlink():
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not files:
+            raise ToolError(f"{folder}: no {INDEX_FILE} and no model.safetensors in it; give a Hugging Face folder")
+        if files != ["model.safetensors"]:
+            raise ToolError(
+                f"{folder}: {len(files)} safetensors files, the first {files[0]}, but no {INDEX_FILE}; {again}"
+            )
+        return read_header(folder / files[0], follow_symlinks)
+    if (folder / INDEX_FILE).is_symlink() and not follow_symlinks:
+        raise ToolError(f"{folder / INDEX_FILE}: it is a symbolic link; give real files, or --follow-symlinks")
+    weight_map = read_json(folder / INDEX_FILE, again).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ToolError(f"{folder / INDEX_FILE}: weight_map is missing or empty; {again}")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise ToolError(f"{folder / INDEX_FILE}: {name} is said to lie in {file!r}, which leads out of the folder")
+    places: dict[str, TensorPlace] = {}
+    for file in sorted(set(weight_map.values())):
+        found = read_header(folder / file, follow_symlinks)
+        for name in found:
+            if weight_map.get(name) != file:
+                said = f"says it lies in {weight_map[name]}" if name in weight_map else "does not name it"
+                raise ToolError(f"{folder / file}: it holds {name}, but {INDEX_FILE} {said}; {again}")
+        places |= found
+    for name, file in weight_map.items():
+        if name not in places:
+            raise ToolError(f"{folder / file}: {name} is missing in it, though {INDEX_FILE} names it; {again}")
+    return places
+
+
+class SafetensorsWriter:
+    """Writes one file, its tensors in any order, byte for byte as safetensors' save_file would."""
+
+    def __init__(self, path: Path, tensors: dict[str, tuple[str, Shape]]) -> None:
+        """tensors: dtype and shape by name, all that the file will hold."""
+        self._offsets: dict[str, tuple[int, int]] = {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        # Wide types first, so that every tensor is aligned.
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-ITEM_BYTES[item[1][0]], item[0])):
+            start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            self._offsets[name] = start, end
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._data_start = 8 + len(text)
+        self._threads = [InOrder(f"write{number}", 2) for number in range(workers())]
+        self._turn = itertools.cycle(self._threads)
+        self._handle = open(path, "wb")  # noqa: SIM115 closed by close()
+        self._handle.write(len(text).to_bytes(8, "little") + text)
+        self._handle.flush()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes a contiguous tensor, which must not be changed afterwards, to its place."""
+        import torch
+
+        start, end = self._offsets.pop(name)
+        content = tensor.reshape(-1).view(torch.uint8).numpy()
+        if content.nbytes != end - start:
+            raise ToolError(f"{name}: {content.nbytes} bytes where {end - start} were planned; this is a defect")
+        next(self._turn).submit(self._write_at, self._data_start + start, memoryview(content))
+
+    def _write_at(self, offset_bytes: int, content: memoryview) -> None:
+        while content:
+            written = os.pwrite(self._handle.fileno(), content, offset_bytes)
+            content, offset_bytes = content[written:], offset_bytes + written
+
+    def close(self, complete: bool = True) -> None:
+        """Closes the file; with `complete`, once every planned tensor is on the disk."""
+        with self._handle:
+            for thread in self._threads:
+                thread.finish() if complete else thread.stop()
+            if complete:
+                if self._offsets:
+                    raise ToolError(
+                        f"{self._handle.name}: {next(iter(self._offsets))} was not written; this is a defect"
+                    )
+                flush_to_disk(self._handle)
