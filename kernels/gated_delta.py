@@ -165,7 +165,8 @@ def mixer_core(
     x = reference.causal_conv_silu(qkvz[..., :D], weight, cu_seqlens=cu_seqlens, initial_state=conv_halo)
     q, k, v = x.split([Hk * K, Hk * K, H * V], dim=-1)
     q, k = (reference.l2norm(y.unflatten(2, (Hk, K))) for y in (q, k))
-    gates = reference.gates(*ab.chunk(2, dim=-1), A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
+    a, b = ab.chunk(2, dim=-1)
+    gates = reference.gates(a, b, A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
     o, last = reference.gated_delta_rule_chunked(
         q, k, v.unflatten(2, (H, V)), *gates, initial_state=initial_state, cu_seqlens=cu_seqlens,
         pass_states=pass_states,

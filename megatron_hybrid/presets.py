@@ -44,6 +44,8 @@ _TRAINING: Flags = {
     "weight-decay-on": "all_but_embedding",
     "z-loss": 1e-5,
     "skip-step": True,
+    # It would end the run at the first NaN: SkipStep leaves such a step out, --max-nonfinite-steps ends the run.
+    "no-check-for-nan-in-loss-and-grad": True,
     "no-last-target": True,
     "ckpt-format": "torch_dist",
     "dist-ckpt-optim-fully-reshardable": True,

@@ -10,8 +10,9 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_hybrid.checkpoint import commit
 from megatron_hybrid.checkpoint.sidecar import FILE_NAME as SIDECAR_FILE
 from megatron_hybrid.checkpoint.sidecar import FORMAT
 from megatron_hybrid.tools.cli import ToolError, byte_progress_bar
@@ -34,9 +35,6 @@ from megatron_hybrid.tools.hf_mapping import (
     sidecar_values,
     to_megatron,
 )
-
-if TYPE_CHECKING:
-    pass
 
 RELEASE = "release"  # Megatron's name for a checkpoint without iteration, optimizer and random state
 TOKENIZER_FOLDER = "tokenizer"
@@ -100,6 +98,7 @@ def import_model(options: ImportOptions) -> str:
         if not copy_tokenizer(options.config or source.folder, working / TOKENIZER_FOLDER):
             (working / TOKENIZER_FOLDER).rmdir()
         hashes = write_checkpoint(source, options, adam, working / folder, needed_bytes)
+        commit.adopt(working / folder)  # training loads committed checkpoints only
         (working / TRACKER_FILE).write_text(str(adam.step) if adam else RELEASE)
         write_json(working / RECORD_FILE, conversion_record(source, options, folder, hashes))
     names = [name for rule in source.rules for name, _ in rule.hf]
