@@ -153,12 +153,12 @@ def check(args: argparse.Namespace, tokenizer: Any) -> str:
 def _compare_with_checkpoints(args: argparse.Namespace, description: dict[str, Any]) -> None:
     """Refuses to go on with other data than --save and --load hold checkpoints of; records it in --save."""
     for flag, name in (("--save", args.save), ("--load", args.load)):
-        if not name or args.finetune or not any(Path(name).glob("iter_*")):
+        if not name or args.finetune or args.allow_data_change or not any(Path(name).glob("iter_*")):
             continue
         if found := differences(Path(name), description):
             raise DataError(
                 f"{flag} {name}: its checkpoints were trained on other data ({'; '.join(found)}); give the same "
-                "--instance-data and flags, or for a new stage another --save and --finetune"
+                "--instance-data and flags, or --allow-data-change, or for a new stage another --save and --finetune"
             )
     if args.save:
         record(Path(args.save), description)
