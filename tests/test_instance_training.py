@@ -41,7 +41,7 @@ def _arguments(data: Path, run: Path, *more: str) -> list[str]:
         *("--max-position-embeddings", "64", "--hidden-size", "96", "--kv-channels", "16"),
         *("--train-iters", str(STEPS), "--lr-warmup-iters", "1", "--eval-iters", "0", "--micro-batch-size", "2"),
         *("--global-batch-size", str(BATCH), "--tensorboard-dir", str(run / "tensorboard")),
-        *("--tensorboard-log-interval", "1", "--save", str(run / "checkpoints"), "--load", str(run / "checkpoints")),
+        *("--tensorboard-log-interval", "1", "--save", str(run / "checkpoints")),
         *("--save-interval", "100", *more),
     ]
 
@@ -137,7 +137,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(one_rank: dict[Any, Any], data: 
     """Stopped after two steps, resumed on two ranks; other data is refused by name."""
     start = _from(one_rank["start"], data, tmp_path, True, "--exit-interval", "2")
     run_ranks(_train, 1, start)
-    rest = _arguments(data, tmp_path, "--document-masking")
+    rest = _arguments(data, tmp_path, "--document-masking", "--load", str(tmp_path / "checkpoints"))
     ranks = run_ranks(_train, 2, rest)
     ids, losses = one_rank[True]
     assert sorted(number for rank in ranks for number in rank["ids"]) == ids[2]

@@ -66,5 +66,12 @@ def _rank(folder: Path, rank: int, ranks: int, work: Callable[..., Any], args: t
         except BaseException:
             traceback.print_exc(file=errors)
             errors.flush()
-            os._exit(1)
-    os._exit(0)  # without the parent's exit handlers
+            _leave(1)
+    _leave(0)
+
+
+def _leave(status: int) -> None:
+    """Exit without the parent's exit handlers, and without leaving processes behind that a run started."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)
