@@ -68,7 +68,7 @@ def average(options: AverageOptions) -> str:
     with new_folder(output, total_bytes, options.force) as working:
         write_json(working / SIDECAR_FILE, described)
         write_mean(sources, names, options, described, working / name)
-        commit.adopt(working / name)
+        commit.adopt(working / name, first_s_description(folders[0]) if options.optimizer else {})
         (working / TRACKER_FILE).write_text(RELEASE if name == RELEASE else str(iteration_of(folders[0])))
         write_json(working / RECORD_FILE, record(options, folders, working / name, names))
     return f"{output}: the mean of {len(folders)} checkpoints, {len(names)} tensors, {total_bytes / 1e9:.3f} GB"
@@ -240,8 +240,14 @@ def iteration_of(folder: Path) -> int:
     return int(commit.read_json(folder / commit.MANIFEST)["iteration"])
 
 
+def first_s_description(folder: Path) -> dict[str, Any]:
+    """What a manifest says beside its files, such as the data, which a continuation compares with its own."""
+    known = commit.read_json(folder / commit.MANIFEST)
+    return {key: value for key, value in known.items() if key not in ("format", "iteration", "files")}
+
+
 def record(options: AverageOptions, folders: Sequence[Path], made: Path, names: Sequence[str]) -> dict[str, Any]:
-    """What the output says of itself. A checkpoint is named by the hash of its manifest, which has all files' hashes."""
+    """What the output says of itself; the hash of a manifest, which has all files' hashes, names a checkpoint."""
     weights = options.weights or [1 / len(folders)] * len(folders)
     return {
         "status": "complete",

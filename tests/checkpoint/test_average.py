@@ -38,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
             writer.add_document(np.random.default_rng(0).integers(0, VOCAB - 1, size=200))
         writer.commit()
     for name, ranks, layout in (("tp4", 4, TP4), ("pp2", 2, [*PP2, "--seed", "7"])):
-        flags = arguments(root / "text", root / name, "--train-iters", "2", "--bf16", *layout)
+        flags = arguments(root / "text", root / name, "--exit-interval", "2", "--bf16", *layout)
         assert run_ranks(train, ranks, root / name, flags) == [0] * ranks
     return root / "text", root / "tp4" / "checkpoints", root / "pp2" / "checkpoints"
 
@@ -109,19 +109,28 @@ def _load_and_save(rank: int, flags: list[str]) -> tuple[int, int]:
     return started[0]
 
 
-@pytest.mark.parametrize("layout", [[], TP4], ids=["tp1", "tp4"])
-@pytest.mark.parametrize("optimizer", [True, False], ids=["continued", "weights_alone"])
-def test_training_starts_from_the_mean(optimizer: bool, layout: list[str], trained: Any, tmp_path: Path) -> None:
+#: Ranks, layout and flags, whether the mean has optimizer state, and the iteration and samples training starts from.
+STARTS: dict[str, tuple[int, list[str], str, bool, tuple[int, int]]] = {
+    "continued": (2, PP2, "--load", True, (2, 4)),
+    "weights_alone": (1, [], "--load", False, (0, 0)),
+    "pretrained": (1, ["--finetune"], "--pretrained-checkpoint", True, (0, 0)),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_training_starts_from_the_mean(case: str, trained: Any, tmp_path: Path) -> None:
+    ranks, layout, load, optimizer, start = STARTS[case]
     data, first, second = trained
     average(AverageOptions((str(first), str(second)), tmp_path / "soup", optimizer=optimizer))
-    flags = arguments(data, tmp_path / "run", "--bf16", *layout, "--load", str(tmp_path / "soup"))
-    ranks = 4 if layout else 1
-    starts = run_ranks(_load_and_save, ranks, flags)
-    assert starts == [(2, 4) if optimizer else (0, 0)] * ranks
+    own = ["--load", str(tmp_path / "run" / "checkpoints")] if case == "pretrained" else []
+    flags = arguments(data, tmp_path / "run", "--bf16", *layout, load, str(tmp_path / "soup"), *own)
+    assert run_ranks(_load_and_save, ranks, flags) == [start] * ranks
     expected = _tensors(tmp_path / "soup" / ("iter_0000002" if optimizer else "release"))
-    found = _tensors(tmp_path / "run" / "checkpoints" / f"iter_{3 if optimizer else 1:07d}")
-    _assert_equal({name: found[name] for name in expected}, expected)
+    found = _tensors(tmp_path / "run" / "checkpoints" / f"iter_{start[0] + 1:07d}")
     assert optimizer == any(name.startswith("optimizer.state.exp_avg") for name in expected)
+    if case == "pretrained":  # a fresh optimizer
+        expected = {name: tensor for name, tensor in expected.items() if not name.startswith("optimizer.")}
+    _assert_equal({name: found[name] for name in expected}, expected)
 
 
 def _plain(root: Path, tensors: dict[str, torch.Tensor], iteration: int = 1) -> Path:
@@ -139,11 +148,11 @@ def _plain(root: Path, tensors: dict[str, torch.Tensor], iteration: int = 1) -> 
 
 
 def test_bf16_is_summed_in_fp32(tmp_path: Path) -> None:
-    """256 + 1 + 1 is 256 in bf16: its mean would be 85.5, and is 86."""
+    """256 + 1 + 0.5 is 256 in bf16: its mean would be 85.5, and is 86."""
     state = {"optimizer.state.exp_avg.w": torch.ones(3)}
     roots = [
         _plain(tmp_path / str(value), {"w": torch.full((3,), value, dtype=torch.bfloat16), **state})
-        for value in (256.0, 1.0, 1.0 + 2**-7)
+        for value in (256.0, 1.0, 0.5)
     ]
     average(AverageOptions(tuple(map(str, roots)), tmp_path / "soup"))
     found = _tensors(tmp_path / "soup" / "iter_0000001")["w"]
