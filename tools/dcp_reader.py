@@ -150,6 +150,11 @@ class TorchDistCheckpoint:
         self.tensors: dict[str, StoredTensor]
         self.tensors, self._objects = read_metadata(folder / METADATA_FILE)
 
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """Names of what is stored and is no tensor."""
+        return tuple(self._objects)
+
     def read(self, name: str) -> Tensor:
         """Tensor `name`, whole, on the CPU, in its stored dtype; host memory: the tensor and one chunk of it.
 

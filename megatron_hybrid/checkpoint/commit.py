@@ -157,8 +157,11 @@ def reject(folder: Path, reason: str) -> None:
     retract(folder)
 
 
-def adopt(folder: Path) -> dict[str, Any]:
+def adopt(folder: Path, description: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Commit a torch_dist folder that something else saved: hash what is there and take it for right.
+
+    Args:
+        description: as in `finish`, where it is known.
 
     Raises:
         ToolError: it is no finished torch_dist save, or is complete already.
@@ -173,7 +176,7 @@ def adopt(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("*.distcp")):
         _to_disk(path)
     write_json(folder / "hashes_00000.json", {path.name: hash_file(path) for path in sorted(folder.glob("*.distcp"))})
-    return finish(folder, 0 if folder.name == "release" else int(digits), {"adopted": True})
+    return finish(folder, 0 if folder.name == "release" else int(digits), {**(description or {}), "adopted": True})
 
 
 def main() -> None:

@@ -66,11 +66,16 @@ class DcpWriter:
     def add_object(self, name: str, content: object) -> None:
         """Stores plain data as torch.save does, to be read with weights_only."""
         import torch
-        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        self._lanes[0].store(name, buffer, None, None)
+        self.add_bytes(name, buffer.getvalue())
+
+    def add_bytes(self, name: str, content: bytes) -> None:
+        """Stores an object as another checkpoint has it, what torch.save made of it, without reading it."""
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+        self._lanes[0].store(name, io.BytesIO(content), None, None)
         self._tensors[name] = BytesStorageMetadata()
 
     def finish(self) -> None:
