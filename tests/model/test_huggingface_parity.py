@@ -18,7 +18,7 @@ from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.kernels import reference
 from megatron_hybrid.modules.gated_delta_net import GatedDeltaNet
 from megatron_hybrid.modules.norms import QKNorm
-from megatron_hybrid.tools.convert import hf_config
+from megatron_hybrid.tools.convert.hf_config import hf_config
 from megatron_hybrid.tools.hf_mapping import ModelConfig, tensor_rules, to_hf
 from tests.parallel import tiny
 from tests.parallel.ranks import run_ranks

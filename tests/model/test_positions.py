@@ -13,7 +13,7 @@ from transformers import OlmoHybridForCausalLM
 
 from megatron_hybrid.checkpoint import sidecar
 from megatron_hybrid.modules.attention import OlmoAttention
-from megatron_hybrid.tools.convert import hf_config
+from megatron_hybrid.tools.convert.hf_config import hf_config
 from megatron_hybrid.tools.hf_mapping import tensor_rules, to_hf
 from tests.model.test_huggingface_parity import CONFIG, LENGTHS, TOLERANCE, tokens
 from tests.parallel import tiny

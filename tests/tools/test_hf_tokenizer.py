@@ -10,7 +10,7 @@ import sentencepiece
 
 from megatron_hybrid.tools import hf_tokenizer
 from megatron_hybrid.tools.cli import ToolError
-from megatron_hybrid.tools.convert import hf_config
+from megatron_hybrid.tools.convert.hf_config import hf_config
 from tests.tools.tiny_model import PYTHON_SOURCE, ROOT, TINY, train_sentencepiece
 
 
