@@ -6,7 +6,9 @@ asks `signals_received` once a step, on every rank, saves a checkpoint and exits
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import multiprocessing
 import os
 import signal
 import time
@@ -42,9 +44,14 @@ class StopRequests:
         self._seen = 0
 
     def listen(self) -> None:
-        """Take the signals; from now on they stop the run in an orderly way only."""
+        """Take the signals; from now on they stop the run in an orderly way only.
+
+        Processes forked later do not die of them either: a job step's signal must not take a data loader's workers
+        away before the last step is done. At exit they are ended for good.
+        """
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
+        atexit.register(_end_helpers)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._note(_SIGNALS[signal.Signals(number)])
@@ -73,6 +80,13 @@ class StopRequests:
         """The stop file has done its work; on one rank."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
+
+
+def _end_helpers() -> None:
+    """Before multiprocessing's own exit function, which sends SIGTERM and then waits, without end."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 @contextlib.contextmanager
