@@ -91,8 +91,9 @@ def kill_all_at(iteration: int, after: Path | None = None) -> Callable[[int, int
             assert time.monotonic() < deadline
             time.sleep(0.1)
         if after and at == iteration - 1:
-            time.sleep(1)  # for the worker to say so
-        if at == iteration:
+            time.sleep(3)  # for the worker to say so
+        # A loaded machine may take the trainer a step more to hear of it.
+        if (at == iteration and (after is None or (after / "COMPLETE").exists())) or at > iteration:
             os.killpg(0, signal.SIGKILL)
 
     return before_step
