@@ -48,7 +48,7 @@ def failed(rows: dict[str, Row]) -> str:
 
 def test_all_rows_hold_and_the_models_agree(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("class Stack:\n    def push(self, item):\n        self.items += [item]\n" * 3)
-    command = ["verify", "--checkpoint", pair / "megatron", "--model", pair / "hf"]
+    command = ["verify", "--checkpoint", pair / "megatron", "--model", pair / "hf", "--text", tmp_path / "text"]
     done = subprocess.run(
         [sys.executable, "-m", "megatron_hybrid.tools.convert", *map(str, command)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
