@@ -93,7 +93,14 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
     for name in _DATA_FLAGS:
         parser.add_argument(f"--{name}", nargs="*", default=[])
     parser.add_argument("--instance-data", default="")
-    for name in ("save", "data-args-path", "per-split-data-args-path", "gdn-cp-comm-type", "position-embedding-type"):
+    for name in (
+        "save",
+        "data-args-path",
+        "per-split-data-args-path",
+        "gdn-cp-comm-type",
+        "gdn-backend",
+        "position-embedding-type",
+    ):
         parser.add_argument(f"--{name}")
     parser.add_argument("--z-loss", type=float, default=0.0)
     for name, text in (("wsds-periods", ""), ("lr-decay-style", "linear"), ("optimizer", "adam")):
@@ -242,6 +249,11 @@ def _check_context_parallel(values: argparse.Namespace) -> None:
         raise FlagError(
             f"--linear-conv-kernel-dim {values.linear_conv_kernel_dim}: with --context-parallel-size above 1 the only "
             "legal width is 4"
+        )
+    if cp > 1 and values.gdn_backend == "fla" and values.gdn_cp_comm_type != "a2a":
+        raise FlagError(
+            f"--gdn-backend fla: cannot pass states between --context-parallel-size {cp} ranks; use triton, or add "
+            "--gdn-cp-comm-type a2a"
         )
     shares = values.tensor_model_parallel_size * cp
     if values.gdn_cp_comm_type == "a2a" and (values.linear_num_key_heads or shares) % shares:

@@ -35,6 +35,7 @@ REFUSED = [
     (["--kv-channels", "127"], ["--kv-channels 127", "even", "128"]),
     (["--linear-conv-kernel-dim", "5", "--context-parallel-size", "2"], ["--linear-conv-kernel-dim 5", "4"]),
     (["--gdn-cp-comm-type", "a2a", "--context-parallel-size", "4"], ["a2a", "--context-parallel-size 4", "30"]),
+    (["--gdn-backend", "fla", "--context-parallel-size", "2"], ["--gdn-backend fla", "triton", "a2a"]),
     (["--pipeline-model-parallel-size", "0"], ["--pipeline-model-parallel-size 0", "nearest legal: 1"]),
     (["--save", "/dev/null/x"], ["--save /dev/null/x", "/dev/null is not a folder"]),
     (["--fp16", "--bf16"], ["--bf16 --fp16", "one of them"]),
