@@ -149,7 +149,7 @@ def serve(connection: Connection, H: int, K: int, V: int, T: int) -> None:
 
 
 class Child:
-    """A process that runs candidates: an illegal access ends every later CUDA call in it, and must not end the search."""
+    """A process that runs candidates: an illegal access ends all CUDA work in it, and must not end the search."""
 
     def __init__(self, *sizes: int) -> None:
         self.sizes = sizes
