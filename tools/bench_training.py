@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from megatron_hybrid.tools.cli import ToolError, run_cli
 from megatron_hybrid.tools.gpu_bench import report
@@ -129,13 +128,12 @@ def _show(cases: list[Case], events: Path, output: Path, shown: int) -> int:
 
 
 def write_tables(cases: list[Case], events: Path, output: Path) -> None:
-    found = report.rows(cases, report.read_events(events), PEAK_TFLOPS)
-    about: dict[str, Any] = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "peak_tflops": PEAK_TFLOPS}
-    from megatron_hybrid.compat import software
-
-    about["software"] = software()
+    known = report.read_events(events)
+    found = report.rows(cases, known, PEAK_TFLOPS)
+    software = next((event["software"] for event in known if event["event"] == "about"), {})
+    about = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "peak_tflops": PEAK_TFLOPS, "software": software}
     (output / "results.json").write_text(json.dumps({**about, "rows": found}, indent=1))
-    kept = {name: value for name, value in about["software"].items() if name in ("device", "torch", "triton")}
+    kept = {name: value for name, value in software.items() if name in ("device", "torch", "triton")}
     title = f"{about['date']}, {', '.join(f'{name} {value}' for name, value in kept.items())}"
     (output / "table.md").write_text(report.markdown(found, title))
 

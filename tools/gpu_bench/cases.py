@@ -24,7 +24,6 @@ class Case:
     group: str
     preset: str = "olmo-hybrid-7b"
     flags: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
     kind: Kind = "train"
     warmup: int = 3
     steps: int = 6

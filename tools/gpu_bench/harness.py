@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import os
 import sys
 import tempfile
@@ -42,16 +43,26 @@ def start() -> None:
         parallel_state.initialize_model_parallel()
 
 
-def parse(preset: str, flags: Sequence[str], without: Sequence[str] = ()) -> argparse.Namespace:
-    """Megatron's and the plugin's arguments, validated; they become the process's."""
+def parse(preset: str, flags: Sequence[str], fixed_vocabulary: bool = True) -> argparse.Namespace:
+    """Megatron's and the plugin's arguments, validated; they become the process's.
+
+    Args:
+        fixed_vocabulary: OLMo's; else the rows that the tokenizer among the flags needs.
+    """
+    from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training import arguments, global_vars
 
-    flags = compose(preset, [*VOCABULARY, *flags], without)
+    flags = compose(preset, [*(VOCABULARY if fixed_vocabulary else ()), *flags])
     sys.argv = [sys.argv[0], *flags, *compat.backend_flags(flags)]
     args = arguments.parse_args(extra_args_provider=HybridConfig.add_to)
     arguments.validate_args(args, {})
+    if not fixed_vocabulary:
+        multiple = args.make_vocab_size_divisible_by
+        args.padded_vocab_size = -(-build_tokenizer(args).vocab_size // multiple) * multiple
     global_vars.destroy_global_vars()
     global_vars.set_args(args)
+    reconfigure_num_microbatches_calculator(0, None, args.global_batch_size, args.micro_batch_size, 1)
     return args
 
 
@@ -79,20 +90,18 @@ def batches(tokens: torch.Tensor, length: int, rows: int) -> Iterator[dict[str, 
 
 
 class Trained:
-    """A model from flags, its optimizer and its data.
+    """A model from arguments, its optimizer and its data.
 
     Args:
-        preset, flags, without: as on the command line.
+        args: from `parse`, the last that was parsed.
         tokens: ids [n] that batches are cut from; the sequence is repeated where it ends.
         with_optimizer: False for forward and backward only.
     """
 
     def __init__(
         self,
-        preset: str,
-        flags: Sequence[str],
+        args: argparse.Namespace,
         tokens: torch.Tensor,
-        without: Sequence[str] = (),
         with_optimizer: bool = True,
     ) -> None:
         from megatron.core import tensor_parallel
@@ -101,7 +110,7 @@ class Trained:
 
         from megatron_hybrid.pretrain import provide_model
 
-        self.args = args = parse(preset, flags, without)
+        self.args = args
         tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
         torch.manual_seed(args.seed)
         self.model = training.get_model(provide_model)
@@ -167,11 +176,12 @@ class Trained:
         """One optimizer step: {loss, norm, ms, backward_ms (forward and backward)}."""
         synchronize()
         began = time.perf_counter()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
         loss = self.backward()
         synchronize()
         middle, norm = time.perf_counter(), float("nan")
         if self.optimizer is not None:
-            self.optimizer.zero_grad()
             _, norm, _ = self.optimizer.step()
             synchronize()
         ended = time.perf_counter()
@@ -194,6 +204,10 @@ def synchronize() -> None:
 
 
 def free() -> None:
+    if importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available():
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()  # it holds the scales of models that are gone
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

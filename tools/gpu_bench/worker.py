@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_hybrid.compat import software
 from megatron_hybrid.tools.gpu_bench import harness
 from megatron_hybrid.tools.gpu_bench.cases import Case, visits
 
@@ -20,6 +21,7 @@ def run(cases: list[Case], first: int, events: Path, deadline: float, tokens_fil
     """Visits from number `first` on; every beginning and end is a line of `events`."""
     logging.disable(logging.WARNING)
     plan = visits(cases)
+    _write(events, {"event": "about", "software": software()})
     tokens = {False: harness.read_tokens(None), True: harness.read_tokens(tokens_file)}
     harness.start()
     for index in range(first, len(plan)):
@@ -60,7 +62,7 @@ def _visit(case: Case, tokens: torch.Tensor) -> dict[str, Any]:
 
 
 def _train(case: Case, tokens: torch.Tensor) -> dict[str, Any]:
-    model = harness.Trained(case.preset, case.flags, tokens, case.without, case.optimizer)
+    model = harness.Trained(harness.parse(case.preset, case.flags), tokens, case.optimizer)
     try:
         return _steps(case, model, model.tokens_per_step, model.flops_per_step)
     finally:
@@ -97,7 +99,7 @@ def _huggingface(case: Case, tokens: torch.Tensor) -> dict[str, Any]:
 def _profile(case: Case, tokens: torch.Tensor) -> dict[str, Any]:
     from megatron_hybrid.tools.gpu_bench.profiling import profile_step
 
-    model = harness.Trained(case.preset, case.flags, tokens, case.without)
+    model = harness.Trained(harness.parse(case.preset, case.flags), tokens)
     try:
         for _ in range(case.warmup):
             model.step()
