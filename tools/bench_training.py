@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from megatron_hybrid.tools.cli import ToolError, run_cli
 from megatron_hybrid.tools.gpu_bench import report
-from megatron_hybrid.tools.gpu_bench.cases import CASES, Case, tiny, visits
+from megatron_hybrid.tools.gpu_bench.cases import CASES, WARM_UP, Case, tiny, visits
 
 #: A visit that takes longer is ended: kernels that hang do not come back.
 LONGEST_VISIT_S = 150
@@ -34,16 +35,16 @@ def chosen(names: list[str], groups: list[str], small: bool) -> list[Case]:
     Raises:
         ToolError: a name or group that no case has.
     """
-    every = tiny() if small else CASES
+    every = tiny() if small else [*CASES, *WARM_UP]
     for flag, wanted, known in (
         ("--case", names, {case.name for case in every}),
         ("--group", groups, {case.group for case in every}),
     ):
         if unknown := [word for word in wanted if word not in known]:
             raise ToolError(f"{flag} {unknown[0]!r}: unknown; legal: {', '.join(map(repr, sorted(known)))}")
-    return [
-        case for case in every if (not names or case.name in names) and (not groups or case.group in groups)
-    ]
+    if not groups:
+        every = [case for case in every if case not in WARM_UP]
+    return [case for case in every if (not names or case.name in names) and (not groups or case.group in groups)]
 
 
 def main() -> None:
@@ -83,18 +84,22 @@ def supervise(cases: list[Case], args: argparse.Namespace, events: Path) -> None
         command += [word for value in values for word in (flag, value)]
     command += ["--tiny"] * args.tiny + (["--tokens", args.tokens] if args.tokens else [])
     shown = 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     while (first := _ended(events)) < len(plan):
         with (args.output / "worker.log").open("a") as log:
             worker = subprocess.Popen(
                 [*command, "--worker", str(first), "--deadline", str(deadline)], stdout=log, stderr=log
             )
             started = time.time()
-            while worker.poll() is None:
-                time.sleep(0.5)
-                shown = _show(cases, events, args.output, shown)
-                last = max((e["time"] for e in report.read_events(events) if e["event"] == "begin"), default=started)
-                if time.time() - max(last, started) > LONGEST_VISIT_S:
-                    worker.kill()
+            try:
+                while worker.poll() is None:
+                    time.sleep(0.5)
+                    shown = _show(cases, events, args.output, shown)
+                    begun = [event["time"] for event in report.read_events(events) if event["event"] == "begin"]
+                    if time.time() - max([started, *begun]) > LONGEST_VISIT_S:
+                        worker.kill()
+            finally:
+                worker.kill()
         if _ended(events) < len(plan):
             _write_death(events, worker.wait())
         shown = _show(cases, events, args.output, shown)
@@ -130,7 +135,7 @@ def _show(cases: list[Case], events: Path, output: Path, shown: int) -> int:
 def write_tables(cases: list[Case], events: Path, output: Path) -> None:
     known = report.read_events(events)
     found = report.rows(cases, known, PEAK_TFLOPS)
-    software = next((event["software"] for event in known if event["event"] == "about"), {})
+    software: dict[str, str] = next((event["software"] for event in known if event["event"] == "about"), {})
     about = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "peak_tflops": PEAK_TFLOPS, "software": software}
     (output / "results.json").write_text(json.dumps({**about, "rows": found}, indent=1))
     kept = {name: value for name, value in software.items() if name in ("device", "torch", "triton")}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -21,30 +22,30 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.tools.cli import ToolError, run_cli
-from megatron_hybrid.tools.gpu_bench.cases import FP8
+from megatron_hybrid.tools.gpu_bench.cases import FP8, LEAN, words
 
 #: Four layers of the width of the 1B model, with the 7B's head sizes.
-MODEL = (
+MODEL = words(
     "--preset olmo-hybrid-7b --num-layers 4 --hybrid-layer-pattern GGG* --hidden-size 2048 --ffn-hidden-size 8192 "
     "--num-attention-heads 16 --linear-num-key-heads 16 --linear-num-value-heads 16 --seq-length 1024 "
     "--max-position-embeddings 1024 --micro-batch-size 4 --global-batch-size 4"
-).split()
-TINY = (
+)
+TINY = words(
     "--preset olmo-hybrid-tiny --num-layers 4 --hybrid-layer-pattern GGG* --seq-length 64 --micro-batch-size 2 "
     "--global-batch-size 2 --bf16 --use-distributed-optimizer"
-).split()
-RUN = "--lr 1e-3 --min-lr 1e-4 --split 98,2,0 --eval-iters 0 --eval-interval 100000 --log-interval 1".split()
+)
+RUN = words(
+    "--lr 1e-3 --min-lr 1e-4 --split 98,2,0 --eval-iters 0 --eval-interval 100000 --log-interval 1 --no-log-health"
+)
 
 #: What is compared; the first is the yardstick. FP8 parameters go with moments and gradients in bf16.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "bf16": (),
     **FP8,
-    "tensorwise, FP8 parameters": (
-        *FP8["tensorwise"],
-        *"--fp8-param-gather --use-precision-aware-optimizer --main-grads-dtype bf16 "
-        "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16".split(),
-    ),
+    "tensorwise, FP8 parameters": (*FP8["tensorwise"], "--fp8-param-gather", *LEAN),
 }
+#: For the gradients alone.
+EDGES = words("--first-last-layers-bf16 --num-layers-at-start-in-bf16 1 --num-layers-at-end-in-bf16 1")
 #: To try the tool itself where there is no FP8.
 TINY_VARIANTS: dict[str, tuple[str, ...]] = {"bf16": (), "no z-loss": ("--z-loss", "0")}
 
@@ -58,14 +59,19 @@ def folder_name(variant: str) -> str:
 
 
 def launch(args: argparse.Namespace, variant: str, more: list[str], log: Path) -> subprocess.Popen[bytes]:
-    flags = (TINY if args.tiny else MODEL) + RUN
+    flags = [*(TINY if args.tiny else MODEL), *RUN]
     flags += ["--data-path", str(args.data_path), "--data-cache-path", str(args.output / "cache")]
     flags += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(args.tokenizer_model)]
     flags += ["--train-iters", str(args.steps), "--lr-warmup-iters", str(args.steps // 10)]
     chosen = (TINY_VARIANTS if args.tiny else VARIANTS)[variant]
     command = [sys.executable, "-m", "megatron_hybrid.pretrain", *flags, *chosen, *more]
     with log.open("w") as out:
-        return subprocess.Popen(command, stdout=out, stderr=out)
+        return subprocess.Popen(command, stdout=out, stderr=out, env=environment())
+
+
+def environment() -> dict[str, str]:
+    """Attention kernels that give the same bits twice, so that a resumed run can be compared bit by bit."""
+    return {**os.environ, "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
 
 
 def wait(running: dict[str, subprocess.Popen[bytes]], deadline: float, what: str) -> dict[str, str]:
@@ -163,24 +169,24 @@ def _resumed(row: dict[str, Any], folder: Path) -> None:
 def gradients(args: argparse.Namespace, variants: list[str], deadline: float) -> dict[str, Any]:
     """What tools.gpu_bench.gradients finds, in a process of its own."""
     output = args.output / "gradients.json"
-    flags = (TINY if args.tiny else MODEL)[2:] + RUN + ["--train-iters", str(args.steps), "--lr-warmup-iters", "1"]
+    flags = [*(TINY if args.tiny else MODEL)[2:], *RUN, "--train-iters", str(args.steps), "--lr-warmup-iters", "1"]
     flags += ["--load", str(args.checkpoints / folder_name(variants[0])), "--ckpt-step", str(args.steps)]
     known = TINY_VARIANTS if args.tiny else VARIANTS
+    compared = {name: list(known[name]) for name in variants}
+    if not args.tiny:
+        compared["tensorwise, first and last layer bf16"] = [*FP8["tensorwise"], *EDGES]
     question = {
         "preset": (TINY if args.tiny else MODEL)[1],
         "flags": flags,
         "tokenizer": ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(args.tokenizer_model)],
         "tokens": f"{args.data_path}.bin",
-        "variants": {name: list(known[name]) for name in variants},
+        "variants": compared,
     }
-    if not args.tiny:
-        edges = "--first-last-layers-bf16 --num-layers-at-start-in-bf16 1 --num-layers-at-end-in-bf16 1".split()
-        question["variants"]["tensorwise, first and last layer bf16"] = [*FP8["tensorwise"], *edges]
     (args.output / "gradients_question.json").write_text(json.dumps(question))
     command = [sys.executable, "-m", "megatron_hybrid.tools.gpu_bench.gradients"]
     command += [str(args.output / "gradients_question.json"), str(output)]
     with (args.output / "gradients.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())
         failed = wait({"of one batch": process}, deadline, "gradients")
     found = json.loads(output.read_text()) if output.exists() else {}
     if failed:
@@ -244,6 +250,10 @@ def main() -> None:
     known = list(TINY_VARIANTS if args.tiny else VARIANTS)
     if unknown := [name for name in args.variant if name not in known]:
         raise ToolError(f"--variant {unknown[0]!r}: unknown; legal: {', '.join(map(repr, known))}")
+    if not 0 <= args.resumed_steps < args.steps // 2:
+        raise ToolError(
+            f"--resumed-steps {args.resumed_steps}: must be 0 or more and below half of --steps {args.steps}"
+        )
     if args.output.exists():
         raise ToolError(f"--output {args.output}: exists; name a new folder")
     variants = [known[0], *(name for name in known[1:] if not args.variant or name in args.variant)]

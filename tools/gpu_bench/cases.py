@@ -35,36 +35,35 @@ class Case:
     options: dict[str, int] = field(default_factory=dict)
 
 
-def _flags(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
+    """Flags as they are typed."""
     return tuple(text.split())
 
 
-_RUN = _flags("--mock-data --train-iters 1000 --lr 1e-4 --min-lr 1e-5 --lr-warmup-iters 0 --micro-batch-size 1")
-_EIGHT = (*_RUN, *_flags("--num-layers 8 --hybrid-layer-pattern GGG*GGG* --no-skip-step"))
-_SHORT = (*_EIGHT, *_flags("--global-batch-size 2"))
+_RUN = words("--mock-data --train-iters 1000 --lr 1e-4 --min-lr 1e-5 --lr-warmup-iters 0 --micro-batch-size 1")
+_EIGHT = (*_RUN, *words("--num-layers 8 --hybrid-layer-pattern GGG*GGG* --no-skip-step"))
+_SHORT = (*_EIGHT, *words("--global-batch-size 2"))
 #: 2,441 million parameters in eight layers, the hybrid 2,436 million.
-_TRANSFORMER = _flags("--num-layers 8 --hybrid-layer-pattern ********")
-_MEGATRON = _flags("--spec megatron_hybrid.tools.gpu_bench.peer megatron_gdn_stack_spec")
-_LONG = _flags("--seq-length 65536 --max-position-embeddings 65536 --global-batch-size 1 --loss-chunk-tokens 8192")
-_LEAN = _flags(
-    "--use-precision-aware-optimizer --main-grads-dtype bf16 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"
-)
+_TRANSFORMER = words("--num-layers 8 --hybrid-layer-pattern ********")
+_MEGATRON = words("--spec megatron_hybrid.tools.gpu_bench.peer megatron_gdn_stack_spec")
+_LONG = words("--seq-length 65536 --max-position-embeddings 65536 --global-batch-size 1 --loss-chunk-tokens 8192")
+LEAN = words("--use-precision-aware-optimizer --main-grads-dtype bf16 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16")
 
 FP8 = {
-    "tensorwise": _flags("--fp8-format hybrid --fp8-recipe tensorwise"),
-    "delayed": _flags(
+    "tensorwise": words("--fp8-format hybrid --fp8-recipe tensorwise"),
+    "delayed": words(
         "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 1024 --fp8-amax-compute-algo max"
     ),
-    "blockwise": _flags("--fp8-format e4m3 --fp8-recipe blockwise"),
+    "blockwise": words("--fp8-format e4m3 --fp8-recipe blockwise"),
 }
 
 _RECOMPUTE = {
     "none": (),
-    "core_attn": _flags("--recompute-granularity selective --recompute-modules core_attn"),
-    "mlp": _flags("--recompute-granularity selective --recompute-modules mlp"),
-    "gdn_norm_out": _flags("--recompute-granularity selective --recompute-modules gdn_norm_out"),
-    "gdn_norm_out, mlp": _flags("--recompute-granularity selective --recompute-modules gdn_norm_out mlp"),
-    "full": _flags("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "core_attn": words("--recompute-granularity selective --recompute-modules core_attn"),
+    "mlp": words("--recompute-granularity selective --recompute-modules mlp"),
+    "gdn_norm_out": words("--recompute-granularity selective --recompute-modules gdn_norm_out"),
+    "gdn_norm_out, mlp": words("--recompute-granularity selective --recompute-modules gdn_norm_out mlp"),
+    "full": words("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
 }
 
 
@@ -94,7 +93,7 @@ def _speed() -> list[Case]:
 
 
 def _long() -> list[Case]:
-    flags = (*_EIGHT, *_LONG, *_LEAN)
+    flags = (*_EIGHT, *_LONG)
     recompute = _RECOMPUTE["full"]
     return [
         Case("ours", "64k", flags=(*flags, *recompute), warmup=1, steps=3, rounds=1),
@@ -103,7 +102,7 @@ def _long() -> list[Case]:
 
 
 def _memory() -> list[Case]:
-    flags = (*_EIGHT, *_LONG, *_LEAN)
+    flags = (*_EIGHT, *_LONG)
     return [
         Case(f"recompute {name}", "64k memory", flags=(*flags, *more), warmup=1, steps=2, rounds=1)
         for name, more in _RECOMPUTE.items()
@@ -111,27 +110,47 @@ def _memory() -> list[Case]:
 
 
 def _whole() -> list[Case]:
-    flags = (*_RUN, *_LEAN, *_flags("--global-batch-size 1 --loss-chunk-tokens 2048 --no-skip-step --lr 3e-5"))
-    selective = _RECOMPUTE["core_attn"]
+    flags = (*_RUN, *LEAN, *words("--global-batch-size 1 --loss-chunk-tokens 2048 --no-skip-step --lr 3e-5"))
     return [
-        Case("7B, 32 layers", "7B", flags=(*flags, *selective), warmup=0, steps=20, rounds=1, needs_gib=120, text=True)
+        Case(
+            "7B, 32 layers",
+            "7B",
+            flags=(*flags, *_RECOMPUTE["mlp"]),
+            warmup=0,
+            steps=20,
+            rounds=1,
+            needs_gib=120,
+            text=True,
+        )
     ]
 
 
-def _other() -> list[Case]:
+def _profiles() -> list[Case]:
     return [
         Case("ours", "profile", flags=_SHORT, kind="profile", rounds=1),
         Case("ours, FP8 tensorwise", "profile", flags=(*_SHORT, *FP8["tensorwise"]), kind="profile", rounds=1),
-        Case("8,192 tokens", "decode", flags=_SHORT, kind="decode", rounds=1, options={"context": 8192}),
-        Case("65,536 tokens", "decode", flags=_SHORT, kind="decode", rounds=1, options={"context": 65536}),
     ]
 
 
-CASES = [*_speed(), *_other(), *_long(), *_memory(), *_whole()]
+def _decoding() -> list[Case]:
+    return [
+        Case(f"{tokens:,} tokens", "decode", flags=_SHORT, kind="decode", rounds=1, options={"context": tokens})
+        for tokens in (8192, 65536)
+    ]
+
+
+CASES = [*_speed(), *_profiles(), *_whole(), *_long(), *_decoding(), *_memory()]
+
+_TWO = (*_SHORT, *words("--num-layers 2 --hybrid-layer-pattern G*"))
+#: Not measured: they leave compiled kernels in triton's cache. Meant to run while something else is not timed either.
+WARM_UP = [
+    Case(name, "compile", flags=(*_TWO, *more), warmup=0, steps=1, rounds=1, optimizer=False)
+    for name, more in (("ours", ()), ("Megatron-Core's GDN + FLA", _MEGATRON))
+]
 
 
 #: For trying the tool itself, on CPU too.
-_TINY_RUN = _flags(
+_TINY_RUN = words(
     "--mock-data --train-iters 10 --lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 0 --micro-batch-size 1 "
     "--global-batch-size 2 --num-layers 4 --hybrid-layer-pattern GGG* --seq-length 64"
 )

@@ -149,8 +149,8 @@ class Trained:
         per_token = training_flops_per_token(sizes, self.args.hybrid_layer_pattern, self.args.seq_length)
         return per_token * self.tokens_per_step
 
-    def backward(self) -> float:
-        """Forward and backward over the global batch; returns the mean loss over its tokens."""
+    def backward(self) -> torch.Tensor:
+        """Forward and backward over the global batch; returns the mean loss over its tokens (fp64 scalar)."""
         from functools import partial
 
         from megatron.core.pipeline_parallel import get_forward_backward_func

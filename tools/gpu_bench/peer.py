@@ -1,4 +1,4 @@
-"""What the plugin is measured against: Megatron-Core's own GDN layer on flash-linear-attention, and Hugging Face's model.
+"""What the plugin is measured against: Megatron-Core's GDN layer on flash-linear-attention, and Hugging Face's model.
 
 flash-linear-attention 0.6.0 refuses its gated backward on Hopper with triton 3.4 to 3.7.0, where some of its gradients
 are wrong (its issue #640). `allow_fla_backward` switches that check off in this process: its times are valid then, the
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_hybrid.tools.gpu_bench.harness import Trained, batches, free, synchronize
+from megatron_hybrid.tools.gpu_bench.harness import batches, free, synchronize
 
 
 def allow_fla_backward() -> None:
@@ -109,6 +109,3 @@ class HuggingFace:
     def close(self) -> None:
         self.__dict__.clear()
         free()
-
-
-__all__ = ["HuggingFace", "Trained", "allow_fla_backward"]

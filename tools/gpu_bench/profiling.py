@@ -30,14 +30,16 @@ def category(kernel: str) -> str:
 
 
 def profile_step(step: Any) -> dict[str, Any]:
-    """Run `step()` under torch's profiler: {categories: {name: ms}, kernels: [[name, calls, ms], ...], wall_ms, ...}."""
+    """Run `step()` under torch's profiler: {categories: {name: ms}, kernels: [[name, calls, ms], ...], ...}."""
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
         timed = step()
     wanted = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    spans, totals, calls = [], {}, {}
+    spans: list[tuple[float, float]] = []
+    totals: dict[str, float] = {}
+    calls: dict[str, int] = {}
     for event in recorded.events():
         if event.device_type == wanted:
             spans.append((event.time_range.start, event.time_range.end))

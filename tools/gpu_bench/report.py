@@ -74,7 +74,8 @@ def markdown(found: Sequence[dict[str, Any]], title: str) -> str:
             lines += _profile_lines(members)
         else:
             lines += [
-                "| | ms per step (min to max) | forward + backward ms | tokens/s | MFU % | peak GiB | tokens/s, the first over this |",
+                "| | ms per step (min to max) | forward + backward ms | tokens/s | MFU % | peak GiB | "
+                "tokens/s, the first over this |",
                 "|---|---|---|---|---|---|---|",
             ]
             lines += [_line(row, timed) for row in members]
