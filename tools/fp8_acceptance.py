@@ -60,7 +60,7 @@ def folder_name(variant: str) -> str:
 
 def launch(args: argparse.Namespace, variant: str, more: list[str], log: Path) -> subprocess.Popen[bytes]:
     flags = [*(TINY if args.tiny else MODEL), *RUN]
-    flags += ["--data-path", str(args.data_path), "--data-cache-path", str(args.output / "cache")]
+    flags += ["--data-path", str(args.data_path), "--data-cache-path", str(log.parent / "cache")]
     flags += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(args.tokenizer_model)]
     flags += ["--train-iters", str(args.steps), "--lr-warmup-iters", str(args.steps // 10)]
     chosen = (TINY_VARIANTS if args.tiny else VARIANTS)[variant]

@@ -53,7 +53,7 @@ def profile_step(step: Any) -> dict[str, Any]:
     for name, ms in totals.items():
         by_category[category(name)] = by_category.get(category(name), 0.0) + ms
     by_category[IDLE] = max(0.0, timed["ms"] - busy / 1e3)
-    kernels = sorted(([name, calls[name], ms] for name, ms in totals.items()), key=lambda row: -row[2])
+    kernels = [(name, calls[name], totals[name]) for name in sorted(totals, key=lambda name: -totals[name])]
     return {
         "categories": dict(sorted(by_category.items(), key=lambda item: -item[1])),
         "kernels": kernels[:80],
