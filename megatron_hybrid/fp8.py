@@ -132,8 +132,8 @@ def check_args(args: Any) -> None:
         tokens //= args.tensor_model_parallel_size
     if tokens % alignment(recipe):
         raise Fp8Error(
-            f"--seq-length {args.seq_length}: {tokens} tokens of a microbatch on each rank, and {recipe} needs a multiple "
-            f"of {alignment(recipe)}; change --seq-length or --micro-batch-size {args.micro_batch_size}"
+            f"--seq-length {args.seq_length}: {tokens} tokens of a microbatch on each rank, and {recipe} needs a "
+            f"multiple of {alignment(recipe)}; change --seq-length or --micro-batch-size {args.micro_batch_size}"
         )
 
 
