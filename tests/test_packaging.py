@@ -27,14 +27,16 @@ MAY_IMPORT = {
     "presets": {"ladder", "stages"},
     "ladder": {"flops"},
     "stages": set(),
-    "plan": {"flops", "presets"},
+    "planning": {"planning", "flops", "flags", "parallel"},
+    "plan": {"flops", "presets", "planning"},
     "flags": {"config", "presets", "tools"},
     "compat": {"cpu_backend"},
     "cpu_backend": set(),
     "data": {"tools", "config", "data"},
     "checkpoint": {"tools", "config", "checkpoint"},
     "training": {"training", "modules", "parallel", "config", "flops", "checkpoint"},
-    "tools": {"tools", "config", "checkpoint", "kernels"},  # kernels: bench_kernels and tune_kernels
+    # kernels: bench_kernels and tune_kernels; flags to planning: plan and doctor
+    "tools": {"tools", "config", "checkpoint", "kernels", "flags", "compat", "planning", "parallel"},
     "pretrain": {
         *("model", "layer_specs", "config", "presets", "flags", "parallel", "plan"),
         *("compat", "checkpoint", "data", "training", "kernels"),

@@ -1,0 +1,166 @@
+"""What a layer keeps for its backward pass, tensor by tensor, in bytes of one microbatch on one rank.
+
+With Transformer Engine: read from its source (2.20) and the kernels' own; with --transformer-impl local: counted in
+real runs, as is everything that both share. Letters: see `job`; L = n over TP under sequence parallelism, else n.
+"""
+
+from __future__ import annotations
+
+from megatron_hybrid.flops import CHUNK
+from megatron_hybrid.planning.job import Job
+
+#: {tensor: bytes}
+Kept = dict[str, float]
+
+#: Tensors that a name in --recompute-modules computes again instead of keeping. gdn_norm_out: modules/recompute.py.
+RECOMPUTED: dict[str, tuple[str, ...]] = {
+    "mlp": ("fc1 output", "swiglu inner", "fc2 input"),
+    "layernorm": ("norm output",),
+    "core_attn": ("attention output", "softmax sums"),
+    "gdn_norm_out": ("mixer output", "chunk inverses", "gates", "states"),
+}
+
+
+def layer(job: Job, symbol: str) -> Kept:
+    """All that a `G` or `*` layer keeps when nothing is computed again."""
+    norm_first = job.norms == "pre" or (job.norms == "released" and symbol == "G")
+    mixer = _delta_net(job) if symbol == "G" else _attention(job)
+    return _total(_norms(job, norm_first), mixer, _mlp(job))
+
+
+def kept(job: Job, symbol: str) -> Kept:
+    """What remains of `layer` under the job's recompute choices; `full` keeps a layer's input alone."""
+    if "full" in job.recompute:
+        return {"layer input": stream(job) / job.recompute_layers}
+    dropped = {name for module in job.recompute for name in RECOMPUTED.get(module, ())}
+    found = {name: size for name, size in layer(job, symbol).items() if name not in dropped}
+    if "mlp" in job.recompute:  # the checkpoint keeps the input in bf16
+        found["norm output" if "norm output" in found else "fc1 input"] = stream(job)
+    return found
+
+
+def stream(job: Job) -> float:
+    """Bytes of the hidden states between layers: L·D."""
+    return _own_tokens(job) * job.sizes.hidden * element_bytes(job)
+
+
+def element_bytes(job: Job) -> int:
+    return 2 if job.half else 4
+
+
+def _own_tokens(job: Job) -> float:
+    return job.tokens / (job.tp if job.sequence_parallel else 1)
+
+
+def _linear_input(job: Job, elements: float) -> float:
+    """What a linear keeps of its input: one byte an element in FP8, whose columnwise copy is all that backward needs."""
+    return elements * (1 if job.fp8 else element_bytes(job))
+
+
+def _norms(job: Job, norm_first: bool) -> Kept:
+    """Two norms of the hidden states: before the branches, or of what comes out of them."""
+    own, hidden = _own_tokens(job), job.sizes.hidden
+    element = element_bytes(job)
+    if job.local:  # RMSNorm in fp32 keeps the fp32 copy of its input
+        inputs = 2 * own * (hidden * 4 + 4)
+    else:
+        inputs = 2 * own * (hidden * element + 4)
+    linear = _linear_input(job, own * hidden)
+    if norm_first:
+        return {"norm input": inputs, "norm output": 2 * linear}
+    return {"norm input": inputs, "projection input": linear, "fc1 input": linear}
+
+
+def _delta_net(job: Job) -> Kept:
+    s, n, element = job.held, job.tokens / job.tp, element_bytes(job)
+    values = s.gdn_value_heads * s.value_dim
+    channels = 2 * s.gdn_key_heads * s.key_dim + values * (2 if s.output_gate else 1)
+    found = {
+        "projections": n * (channels + 2 * s.gdn_value_heads) * element,
+        "chunk inverses": n * s.gdn_value_heads * CHUNK * element,
+        "gates": n * s.gdn_value_heads * 2 * 4,
+        "states": gdn_states(job),
+        "mixer output": _linear_input(job, n * values),
+    }
+    if job.fp8:  # the a|b projection stays in bf16 and keeps its own input
+        found["a|b input"] = _own_tokens(job) * s.hidden * element
+    return found
+
+
+def gdn_states(job: Job) -> float:
+    """States kept by --gdn-states-every: each chunk's in the activations' dtype, or every n-th in fp32."""
+    if not job.states_every:
+        return 0.0
+    s = job.held
+    state = s.gdn_value_heads / job.tp * s.key_dim * s.value_dim
+    element = element_bytes(job) if job.states_every == 1 else 4
+    return job.tokens / (CHUNK * job.states_every) * state * element
+
+
+def _attention(job: Job) -> Kept:
+    s, n, element = job.held, job.tokens / job.tp, element_bytes(job)
+    queries, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    found = {
+        "projections": n * (queries + 2 * keys) * element,
+        "attention output": n * queries * element,
+        "softmax sums": n * s.heads * 4,
+    }
+    if job.qk_norm != "none":  # in PyTorch: the fp32 copies of q and k, and both normalised
+        found["q/k norm"] = n * (queries + keys) * 8
+    if job.qk_norm != "none" or job.rotary:
+        found["q and k"] = n * (queries + keys) * element
+    if job.fp8:
+        found["projection's input"] = n * queries
+    return found
+
+
+def _mlp(job: Job) -> Kept:
+    n, ffn, element = job.tokens / job.tp, job.held.ffn, element_bytes(job)
+    found = {
+        "fc1 output": n * ffn * (2 if job.sizes.gated_mlp else 1) * element,
+        "fc2 input": _linear_input(job, n * ffn),
+    }
+    if job.local:  # silu of the gate, which the fused kernel computes again
+        found["swiglu inner"] = n * ffn * element
+    return found
+
+
+def ends(job: Job, first: bool, last: bool) -> Kept:
+    """What embedding and output layer keep besides logits: token ids; the final norm's input and output."""
+    found: Kept = {"token ids": 8 * job.tokens} if first else {}
+    if last:
+        found["final norm"] = _own_tokens(job) * job.sizes.hidden * ((4 if job.local else 2) + element_bytes(job))
+    return found
+
+
+def logits(job: Job) -> float:
+    """Logits, their gradient, and the fp32 pieces that the loss works on; chunk by chunk with --loss-chunk-tokens."""
+    rows, element = job.held.vocabulary_rows / job.tp, element_bytes(job)
+    if job.loss_chunk_tokens:  # a chunk's logits and their gradient in fp32 and cast; the weight's gradient in fp32
+        chunk = min(job.tokens, job.loss_chunk_tokens)
+        return chunk * rows * (2 * element + 4) + 4 * rows * job.sizes.hidden
+    if not job.z_loss:  # Megatron's own loss keeps the softmax in fp32
+        return job.tokens * rows * (2 * element + 4)
+    return job.tokens * rows * 2 * element + min(job.tokens, 1024) * rows * 2 * 4
+
+
+def workspace(job: Job) -> float:
+    """Tensors that exist while a layer's backward runs: an estimate by reading, the largest of MLP and mixers."""
+    n, s, element = job.tokens / job.tp, job.held, element_bytes(job)
+    mlp = n * s.ffn * (4 if s.gated_mlp else 2) * element
+    delta = 0.0
+    if "G" in job.layers:
+        channels = 2 * s.gdn_key_heads * s.key_dim + 2 * s.gdn_value_heads * s.value_dim
+        states = n / CHUNK * s.gdn_value_heads * s.key_dim * s.value_dim * element
+        delta = n * channels * element * 3 + 2 * states  # gradients, q, k, v, o again; states and their gradients
+    again = max((sum(layer(job, symbol).values()) for symbol in set(job.layers)), default=0.0)
+    recomputed = again * job.recompute_layers if "full" in job.recompute else 0.0
+    return max(mlp, delta) + 2 * stream(job) + recomputed
+
+
+def _total(*many: Kept) -> Kept:
+    found: Kept = {}
+    for part in many:
+        for name, size in part.items():
+            found[name] = found.get(name, 0) + size
+    return found
