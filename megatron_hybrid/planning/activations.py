@@ -9,6 +9,9 @@ from __future__ import annotations
 from megatron_hybrid.flops import CHUNK
 from megatron_hybrid.planning.job import Job
 
+#: Tokens whose logits the loss holds in fp32 at a time (modules/cross_entropy.py).
+FP32_TOKENS = 1024
+
 #: {tensor: bytes}
 Kept = dict[str, float]
 
@@ -53,18 +56,19 @@ def _own_tokens(job: Job) -> float:
 
 
 def _linear_input(job: Job, elements: float) -> float:
-    """What a linear keeps of its input: one byte an element in FP8, whose columnwise copy is all that backward needs."""
+    """What a linear keeps of its input: in FP8 the columnwise copy alone, a byte an element."""
     return elements * (1 if job.fp8 else element_bytes(job))
+
+
+def _norm_bytes(job: Job) -> int:
+    """Of an element of a norm's input; PyTorch's keeps it in fp32, and normalised too."""
+    return 8 if job.local else element_bytes(job)
 
 
 def _norms(job: Job, norm_first: bool) -> Kept:
     """Two norms of the hidden states: before the branches, or of what comes out of them."""
     own, hidden = _own_tokens(job), job.sizes.hidden
-    element = element_bytes(job)
-    if job.local:  # RMSNorm in fp32 keeps the fp32 copy of its input
-        inputs = 2 * own * (hidden * 4 + 4)
-    else:
-        inputs = 2 * own * (hidden * element + 4)
+    inputs = 2 * own * (hidden * _norm_bytes(job) + 4)
     linear = _linear_input(job, own * hidden)
     if norm_first:
         return {"norm input": inputs, "norm output": 2 * linear}
@@ -109,6 +113,8 @@ def _attention(job: Job) -> Kept:
         found["q/k norm"] = n * (queries + keys) * 8
     if job.qk_norm != "none" or job.rotary:
         found["q and k"] = n * (queries + keys) * element
+    if job.rotary and job.local:  # cosines and sines, each for q and for k, the same for all rows
+        found["rotary angles"] = job.tokens / job.micro_batch * s.head_dim * 4 * 4
     if job.fp8:
         found["projection's input"] = n * queries
     return found
@@ -120,8 +126,8 @@ def _mlp(job: Job) -> Kept:
         "fc1 output": n * ffn * (2 if job.sizes.gated_mlp else 1) * element,
         "fc2 input": _linear_input(job, n * ffn),
     }
-    if job.local:  # silu of the gate, which the fused kernel computes again
-        found["swiglu inner"] = n * ffn * element
+    if job.local:  # silu of the gate and a copy of the rest, which the fused kernel does without
+        found["swiglu inner"] = 2 * n * ffn * element
     return found
 
 
@@ -129,19 +135,25 @@ def ends(job: Job, first: bool, last: bool) -> Kept:
     """What embedding and output layer keep besides logits: token ids; the final norm's input and output."""
     found: Kept = {"token ids": 8 * job.tokens} if first else {}
     if last:
-        found["final norm"] = _own_tokens(job) * job.sizes.hidden * ((4 if job.local else 2) + element_bytes(job))
+        found["final norm"] = _own_tokens(job) * job.sizes.hidden * (_norm_bytes(job) + element_bytes(job))
     return found
 
 
+def logits_kept(job: Job) -> float:
+    """What the loss keeps from forward to backward: the logits, or Megatron's own loss the softmax in fp32."""
+    if job.loss_chunk_tokens:
+        return 0.0
+    return job.tokens * job.held.vocabulary_rows / job.tp * (element_bytes(job) if job.z_loss else 4)
+
+
 def logits(job: Job) -> float:
-    """Logits, their gradient, and the fp32 pieces that the loss works on; chunk by chunk with --loss-chunk-tokens."""
+    """What is kept, the logits' gradient, and fp32 pieces; chunk by chunk with --loss-chunk-tokens."""
     rows, element = job.held.vocabulary_rows / job.tp, element_bytes(job)
     if job.loss_chunk_tokens:  # a chunk's logits and their gradient in fp32 and cast; the weight's gradient in fp32
         chunk = min(job.tokens, job.loss_chunk_tokens)
         return chunk * rows * (2 * element + 4) + 4 * rows * job.sizes.hidden
-    if not job.z_loss:  # Megatron's own loss keeps the softmax in fp32
-        return job.tokens * rows * (2 * element + 4)
-    return job.tokens * rows * 2 * element + min(job.tokens, 1024) * rows * 2 * 4
+    pieces = min(job.tokens, FP32_TOKENS) * rows * 2 * 4 if job.z_loss else job.tokens * rows * element
+    return logits_kept(job) + job.tokens * rows * element + pieces
 
 
 def workspace(job: Job) -> float:

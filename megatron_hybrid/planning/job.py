@@ -198,7 +198,7 @@ def _check_vocabulary(v: argparse.Namespace) -> None:
 
 
 def _segments(pattern: str, pp: int) -> tuple[str, ...]:
-    """The pattern's own, or without `|` one of equal length for each pipeline rank; `flags.check` has refused others."""
+    """The pattern's own, or without `|` one of equal length for each pipeline rank."""
     if "|" in pattern or pp == 1:
         return tuple(pattern.split("|"))
     length = len(pattern) // pp
