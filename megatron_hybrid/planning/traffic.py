@@ -16,9 +16,9 @@ def per_microbatch(job: Job, rank: int) -> Bytes:
     """Of a pipeline rank, forward and backward of one microbatch through all its virtual stages."""
     segments = range(rank, len(job.segments), job.pp)
     symbols = "".join(job.segments[index] for index in segments)
-    tensor = sum(_tensor_layer(job, symbol) for symbol in symbols)
-    tensor += _tensor_ends(job, first=0 in segments, last=len(job.segments) - 1 in segments)
-    context = sum(_context_layer(job, symbol) for symbol in symbols)
+    tensor = sum(tensor_layer(job, symbol) for symbol in symbols)
+    tensor += tensor_ends(job, first=0 in segments, last=len(job.segments) - 1 in segments)
+    context = sum(context_layer(job, symbol) for symbol in symbols)
     inward = sum((index > 0) + (index < len(job.segments) - 1) for index in segments)
     pipeline = inward * activations.stream(job) if job.pp > 1 else 0.0
     return {"tensor": tensor, "context": context, "pipeline": pipeline}
@@ -41,7 +41,7 @@ def data_parallel(job: Job, rank: int) -> tuple[float, float]:
     return share * gradients, share * weights
 
 
-def _tensor_layer(job: Job, symbol: str) -> float:
+def tensor_layer(job: Job, symbol: str) -> float:
     """Forward and backward. A gathered input is gathered again for the weight's gradient."""
     if job.tp == 1:
         return 0.0
@@ -63,7 +63,7 @@ def _tensor_layer(job: Job, symbol: str) -> float:
     return (job.tp - 1) / job.tp * (collectives * whole + small)
 
 
-def _tensor_ends(job: Job, first: bool, last: bool) -> float:
+def tensor_ends(job: Job, first: bool, last: bool) -> float:
     """Embedding: summed over ranks, and with sequence parallelism its gradient gathered. Output layer and loss."""
     if job.tp == 1:
         return 0.0
@@ -75,7 +75,7 @@ def _tensor_ends(job: Job, first: bool, last: bool) -> float:
     return (job.tp - 1) / job.tp * found
 
 
-def _context_layer(job: Job, symbol: str) -> float:
+def context_layer(job: Job, symbol: str) -> float:
     """Forward and backward."""
     if job.cp == 1:
         return 0.0
