@@ -14,7 +14,7 @@ from megatron_hybrid.planning.hardware import RESERVED_GIB, Gpu
 from megatron_hybrid.planning.job import FP8_MULTIPLE, Job, check_fp8
 from megatron_hybrid.planning.timing import Measured, Prediction, predict
 
-SIZES = (1, 2, 4, 8, 16)
+TENSOR, CONTEXT, PIPELINE = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
 VIRTUAL = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 4, 8)
 
@@ -69,12 +69,12 @@ def search(base: Job, gpus: int, gpu: Gpu, fp8: Sequence[str], measured: Measure
 
 def _splits(base: Job, gpus: int, gpu: Gpu) -> Iterator[Job]:
     s, length = base.sizes, base.sequence_tokens
-    most_tp = min(s.heads, s.kv_heads, s.gdn_key_heads or s.heads, gpu.nvlink_gpus, 8)
-    for tp in (n for n in SIZES if n <= most_tp):
-        for cp in (1, 2, 4, 8, 16, 32):
+    most_tp = min(s.heads, s.kv_heads, s.gdn_key_heads or s.heads, gpu.nvlink_gpus)
+    for tp in (n for n in TENSOR if n <= most_tp):
+        for cp in CONTEXT:
             if length % (2 * cp if cp > 1 else 1) or length % (tp * cp) or length // cp < 1024:
                 continue
-            for pp in (n for n in SIZES if gpus % (tp * cp * n) == 0 and n <= len(base.layers)):
+            for pp in (n for n in PIPELINE if gpus % (tp * cp * n) == 0 and n <= len(base.layers)):
                 dp = gpus // (tp * cp * pp)
                 for chunks in VIRTUAL if pp > 1 else (1,):
                     for micro in MICRO_BATCHES:
