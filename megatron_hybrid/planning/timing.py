@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_hybrid import flops
+from megatron_hybrid.parallel.exchange_choice import LATENCY_S
 from megatron_hybrid.parallel.pipeline_schedule import play
 from megatron_hybrid.planning import activations, memory, traffic
 from megatron_hybrid.planning.hardware import Gpu
@@ -22,9 +23,6 @@ GEMM_BF16, GEMM_FP8, ATTENTION, BANDWIDTH, COLLECTIVE = 0.61, 0.45, 0.5, 0.8, 0.
 #: H200 (docs/kernels.md). Other sizes by tokens and state, other GPUs by memory bandwidth: neither was measured.
 MIXER_S, MIXER_FORWARD_S = 3.371e-3, 1.059e-3
 _MIXER_WORK, _MIXER_HBM = 8192 * 30 * 96 * 192, 4800
-
-#: Seconds that a collective takes before its first byte. An order of magnitude.
-LATENCY_S = 20e-6
 
 #: {"G", "*", "*window", "embedding", "output"}: measured ms of one sequence on one GPU, forward and backward.
 Measured = Mapping[str, float]
