@@ -35,6 +35,9 @@ VERIFIED = {
     "psutil": "7.2.2",
 }
 
+#: GPU and triton that kernels/configs.py has checked launches for; that file needs triton to be read.
+CHECKED = {("9.0", (3, 6))}
+
 #: Least driver for each major version of CUDA that torch was built with (NVIDIA's compatibility table).
 _DRIVERS = {"12": 525, "13": 580}
 
@@ -133,7 +136,7 @@ def pairs(devices: Sequence[Device], versions: Mapping[str, str | None]) -> Iter
                 "--gdn-backend fla has wrong gate gradients here (fixed in triton 3.7.1); use triton's, the default"
             )
             yield Row(name, found, "RED", advice)
-        elif capability == "10.3" and (3, 6) <= version <= (3, 8):
+        elif capability == "10.3" and (3, 6) <= version[:2] <= (3, 8):
             advice = (
                 "two dots into one accumulator are wrong (triton issue 10821); not run here: compare with reference"
             )
@@ -141,7 +144,7 @@ def pairs(devices: Sequence[Device], versions: Mapping[str, str | None]) -> Iter
         elif capability.startswith(("10.", "12.")) and version < (3, 8):
             advice = "recurrences of 4 or 8 warps race (triton issues 9871, 10590): triton 3.8 and tools.tune_kernels"
             yield Row(name, found, "RED", advice)
-        elif capability == "9.0" and version[:2] == (3, 6):
+        elif (capability, version[:2]) in CHECKED:
             yield Row(name, found, "ok", "kernels checked for K 96, V 192; other sizes: tools.tune_kernels")
         else:
             yield Row(

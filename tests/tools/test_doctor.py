@@ -18,30 +18,27 @@ GOOD = {"name": "H200", "used": "4", "driver": "580.159.04", "capability": "9.0"
 VERSIONS = {"triton": "3.6.0", "numpy": "2.3.5", "torch": "2.11.0+cu130", "flash-linear-attention": None}
 
 
-def _states(gpu: dict[str, str], versions: dict[str, str | None]) -> dict[str, str]:
-    devices = doctor.parse_smi(SMI.format(**{**GOOD, **gpu}))
-    rows = [*doctor.gpus(devices), *doctor.pairs(devices, {**VERSIONS, **versions})]
-    assert all(row.advice for row in rows if row.state == "RED")
-    return {row.name: row.state for row in rows}
-
-
 @pytest.mark.parametrize(
-    ("gpu", "versions", "red"),
+    ("gpu", "versions", "red", "advice"),
     [
-        ({}, {}, None),
-        ({"used": "[N/A]"}, {}, None),
-        ({}, {"triton": "3.7.1"}, "triton + GPU 9.0"),
-        ({}, {"flash-linear-attention": "0.6.0"}, "triton + GPU 9.0"),
-        ({}, {"numpy": "2.4.0"}, "triton + numpy"),
-        ({"capability": "10.0"}, {}, "triton + GPU 10.0"),
-        ({"capability": "10.3"}, {"triton": "3.8.0"}, "triton + GPU 10.3"),
-        ({"driver": "570.86.10"}, {}, "driver + torch"),
-        ({"errors": "3"}, {}, "GPU 0"),
-        ({"used": "71000"}, {}, "GPU 0"),
+        ({}, {}, None, ""),
+        ({"used": "[N/A]"}, {}, None, ""),
+        ({}, {"triton": "3.7.1"}, "triton + GPU 9.0", "no checked kernels"),
+        ({}, {"flash-linear-attention": "0.6.0"}, "triton + GPU 9.0", "wrong gate gradients"),
+        ({}, {"numpy": "2.4.0"}, "triton + numpy", "numpy below 2.4"),
+        ({"capability": "10.0"}, {}, "triton + GPU 10.0", "race"),
+        ({"capability": "10.3"}, {"triton": "3.8.0"}, "triton + GPU 10.3", "issue 10821"),
+        ({"driver": "570.86.10"}, {}, "driver + torch", "driver 580"),
+        ({"errors": "3"}, {}, "GPU 0", "3 uncorrected"),
+        ({"used": "71000"}, {}, "GPU 0", "another program"),
     ],
 )
-def test_what_is_red(gpu: dict[str, str], versions: dict[str, str | None], red: str | None) -> None:
-    assert {name for name, state in _states(gpu, versions).items() if state == "RED"} == ({red} if red else set())
+def test_what_is_red(gpu: dict[str, str], versions: dict[str, str | None], red: str | None, advice: str) -> None:
+    devices = doctor.parse_smi(SMI.format(**{**GOOD, **gpu}))
+    rows = [*doctor.gpus(devices), *doctor.pairs(devices, {**VERSIONS, **versions})]
+    found = [row for row in rows if row.state == "RED"]
+    assert [row.name for row in found] == ([red] if red else [])
+    assert all(advice in row.advice for row in found)
 
 
 def test_settings_that_make_a_run_slow() -> None:
@@ -65,3 +62,10 @@ def test_it_runs_where_nothing_is_installed() -> None:
 def test_the_verified_versions_are_the_pins() -> None:
     pins = (ROOT / "setup.py").read_text()
     assert all(f'"{name}=={version}"' in pins for name, version in doctor.VERIFIED.items())
+
+
+def test_checked_pairs_are_those_of_the_kernels_table() -> None:
+    from megatron_hybrid.kernels.configs import TABLE
+
+    found = {(f"{arch[3:-1]}.{arch[-1]}", tuple(map(int, triton.split(".")))) for arch, triton, *_ in TABLE}
+    assert found == doctor.CHECKED
