@@ -8,10 +8,11 @@ from functools import cache
 
 from megatron_hybrid import flops
 from megatron_hybrid.flags import FlagError
+from megatron_hybrid.fp8 import Fp8Error
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.planning import memory
 from megatron_hybrid.planning.hardware import RESERVED_GIB, Gpu
-from megatron_hybrid.planning.job import FP8_MULTIPLE, Job, check_fp8
+from megatron_hybrid.planning.job import Job, check_fp8
 from megatron_hybrid.planning.timing import Measured, Prediction, predict
 
 TENSOR, CONTEXT, PIPELINE = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
@@ -54,7 +55,7 @@ def search(base: Job, gpus: int, gpu: Gpu, fp8: Sequence[str], measured: Measure
     for split in _splits(base, gpus, gpu):
         for recipe in fp8:
             job = replace(split, fp8=recipe)
-            if recipe and not _fits_fp8(job):
+            if not _fits_fp8(job):
                 continue
             for recompute in RECOMPUTE:
                 tried = replace(job, recompute=recompute, recompute_layers=1)
@@ -101,10 +102,10 @@ def _segments(sizes: flops.Sizes, layers: str, tokens: int, pp: int, chunks: int
 
 def _fits_fp8(job: Job) -> bool:
     try:
-        check_fp8(job, "hybrid")
-    except FlagError:
+        check_fp8(job)
+    except Fp8Error:
         return False
-    return job.fp8 in FP8_MULTIPLE
+    return True
 
 
 def flags(job: Job) -> str:
@@ -123,6 +124,8 @@ def flags(job: Job) -> str:
     elif job.recompute:
         words.append(f"--recompute-granularity selective --recompute-modules {' '.join(job.recompute)}")
     if job.fp8:
-        words.append(f"--fp8-format hybrid --fp8-recipe {job.fp8}")
-    words.append("--overlap-grad-reduce --overlap-param-gather")
+        words.append(f"--fp8-format {'e4m3' if job.fp8 == 'mxfp8' else 'hybrid'} --fp8-recipe {job.fp8}")
+    words.append("--overlap-grad-reduce")
+    if job.fp8 != "mxfp8":  # refused with it (megatron_hybrid/fp8.py)
+        words.append("--overlap-param-gather")
     return " ".join(words)

@@ -164,4 +164,5 @@ def _data_s(job: Job, gpu: Gpu, rank: int, microbatch_s: float) -> float:
     )
     if not job.overlap:
         return gradients + parameters
-    return max(0.0, gradients - microbatch_s * 2 / 3) + max(0.0, parameters - microbatch_s / 3)
+    hidden = 0.0 if job.fp8 == "mxfp8" else microbatch_s / 3  # its parameters cannot be gathered meanwhile
+    return max(0.0, gradients - microbatch_s * 2 / 3) + max(0.0, parameters - hidden)
