@@ -1,7 +1,8 @@
 """What a layer keeps for its backward pass, tensor by tensor, in bytes of one microbatch on one rank.
 
-With Transformer Engine: read from its source (2.20) and the kernels' own; with --transformer-impl local: counted in
-real runs, as is everything that both share. Letters: see `job`; L = n over TP under sequence parallelism, else n.
+With --transformer-impl local: compared with counted bytes of real runs, as is all that Transformer Engine shares with
+it. What its modules keep otherwise, and FP8, is reasoned, not measured. Letters: see `job`; L = n over TP under sequence
+parallelism, else n.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_hybrid.config import HybridConfig
@@ -30,8 +31,6 @@ def _received(rank: int, layout: tiny.Layout, options: dict[str, Any]) -> dict[s
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "data": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    import torch.distributed as dist
-
     ranks = {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()}
     return {"rank": parallel_state.get_pipeline_model_parallel_rank()} | {
         name: counted.received.get(members, 0.0) for name, members in ranks.items() if len(members) > 1
