@@ -1,8 +1,8 @@
 """What a layer keeps for its backward pass, tensor by tensor, in bytes of one microbatch on one rank.
 
 With --transformer-impl local: compared with counted bytes of real runs, as is all that Transformer Engine shares with
-it. What its modules keep otherwise, and FP8, is reasoned, not measured. Letters: see `job`; L = n over TP under sequence
-parallelism, else n.
+it. What its modules keep otherwise, and FP8, is reasoned, not measured. Letters: see `job`; L = n over TP under
+sequence parallelism, else n.
 """
 
 from __future__ import annotations
