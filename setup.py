@@ -11,6 +11,7 @@ FOLDERS = {
     "megatron_hybrid.checkpoint": "megatron_hybrid/checkpoint",
     "megatron_hybrid.data": "megatron_hybrid/data",
     "megatron_hybrid.parallel": "megatron_hybrid/parallel",
+    "megatron_hybrid.planning": "megatron_hybrid/planning",
     "megatron_hybrid.training": "megatron_hybrid/training",
     "megatron_hybrid.kernels": "kernels",
     "megatron_hybrid.layer_specs": "layer_specs",

@@ -11,7 +11,6 @@ from pathlib import Path
 from megatron_hybrid import fp8
 from megatron_hybrid.presets import NAMES, PRESETS, FlagValue
 from megatron_hybrid.tools.cli import ToolError
-from megatron_hybrid.tools.indexed_dataset import require_dataset
 
 #: Flags of which Megatron takes one: giving another on the command line drops the preset's.
 ALTERNATIVES = (
@@ -160,6 +159,8 @@ def _check_data(values: argparse.Namespace) -> None:
     elsewhere = values.skip_train or values.data_args_path or values.per_split_data_args_path
     if not prefixes and not elsewhere:
         raise FlagError("--data-path: no dataset; give a prefix of .bin/.idx files (tools.preprocess), or --mock-data")
+    from megatron_hybrid.tools.indexed_dataset import require_dataset  # numpy: not on every login node
+
     for name, prefix in prefixes:
         try:
             require_dataset(prefix)
