@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,7 @@ from megatron_hybrid.kernels.gated_delta import mixer_core
 from megatron_hybrid.modules.fp32_parameters import keeping_fp32, support_in_optimizers
 from megatron_hybrid.modules.init import Sampler, TruncatedNormal, init_sharded_, sample_a_log, sample_dt_bias
 from megatron_hybrid.modules.norms import HeadNorm, shared_by_heads
+from megatron_hybrid.modules.recompute import NORM_OUT, Recomputed
 from megatron_hybrid.parallel import state_passing
 from megatron_hybrid.parallel.head_exchange import check_heads, share, to_heads, to_tokens
 from megatron_hybrid.parallel.head_padding import Part, describe_split, true_sizes, without_padding
@@ -136,6 +138,7 @@ class GatedDeltaNet(MegatronModule):
         self.output_gate = output_gate
         self.backend = backend
         self.states_every = states_every
+        self.recompute = config.recompute_granularity == "selective" and NORM_OUT in (config.recompute_modules or ())
         self.exchange_heads = cp_comm == "a2a"
         self.cp_exchange: state_passing.Exchange = "auto" if cp_comm == "a2a" else cp_comm
         if config.linear_num_value_heads % tp or config.linear_num_key_heads % tp:
@@ -236,14 +239,27 @@ class GatedDeltaNet(MegatronModule):
         """
         if inference_context is not None:
             raise NotImplementedError("GatedDeltaNet has no inference context: export the model to Hugging Face")
-        projected = self.in_proj(hidden_states)[0].transpose(0, 1)  # [b, s, (2·Hk·K + 2·H·V)]
-        ab = self.ab_proj(hidden_states)[0].transpose(0, 1)  # [b, s, 2·H]
+        projected = self.in_proj(hidden_states)[0]  # [s, b, (2·Hk·K + 2·H·V)]
+        ab = self.ab_proj(hidden_states)[0]  # [s, b, 2·H]
+        between = partial(self._between_projections, packed_seq_params=packed_seq_params)
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return self.out_proj(between(projected, ab))[0], None
+        recomputed = Recomputed(between, projected, ab)
+        output = self.out_proj(recomputed.output)[0]
+        recomputed.discard_until(output)
+        return output, None
+
+    def _between_projections(
+        self, projected: torch.Tensor, ab: torch.Tensor, packed_seq_params: PackedSeqParams | None
+    ) -> torch.Tensor:
+        """[s, b, 2·Hk·K + 2·H·V] and [s, b, 2·H] → [s, b, H·V], contiguous."""
+        projected, ab = projected.transpose(0, 1), ab.transpose(0, 1)
         if self.pg_collection.cp.size() > 1:
             y = self._context_parallel(projected, ab, packed_seq_params)
         else:
             bounds = packed_seq_params.cu_seqlens_q if packed_seq_params is not None else None
             y = self._mix(projected, ab, self._heads(), cu_seqlens=bounds)
-        return self.out_proj(y.transpose(0, 1).contiguous())[0], None
+        return y.transpose(0, 1).contiguous()
 
     def _heads(self) -> _Heads:
         return _Heads(self.key_heads, self.value_heads, self.conv1d.weight, self.A_log, self.dt_bias)
