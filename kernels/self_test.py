@@ -63,7 +63,7 @@ def self_test(K: int, V: int, device: torch.device | None = None) -> None:
 def before_training(backend: str | None, dtype: torch.dtype, K: int, V: int) -> None:
     """Gates training on a GPU: the kernels take this dtype, have a checked launch here, and pass their self-test.
 
-    Raises ValueError for the dtype, RuntimeError where the kernels are not right here. Nothing to check without a GPU or
+    Raises ValueError for the dtype, RuntimeError where the kernels are not right. Nothing to check without a GPU or
     with another backend.
     """
     if not torch.cuda.is_available() or backend not in (None, "triton"):

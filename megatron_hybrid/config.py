@@ -111,6 +111,11 @@ class HybridConfig:
         "its last tenth and the next starts at --lr again; with --lr-decay-style WSD",
     )
 
+    keep_moments: bool = _flag(
+        False,
+        "a stage's first start from --pretrained-checkpoint takes Adam's moments and step counts from there too, as "
+        "midtraining and long context did; iteration, schedule, samples and random state start anew",
+    )
     fresh: bool = _flag(
         False, "start from random weights; checkpoints in --save are moved aside first. For a job's first start only"
     )

@@ -197,6 +197,7 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "log_health",
         "peak_tflops",
         "wsds_periods",
+        "keep_moments",
         "fresh",
         "verify_checkpoint",
         "verify_data",

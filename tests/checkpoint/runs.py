@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from megatron_hybrid import pretrain
+from megatron_hybrid.tools.plot_run import read_series
 
 VOCAB = 500
 STEPS = 6
@@ -117,3 +118,18 @@ def weights_and_moments(run: Path, iteration: int) -> dict[str, torch.Tensor]:
 
     checkpoint = TorchDistCheckpoint(run / "checkpoints" / f"iter_{iteration:07d}")
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def assert_same(straight: Path, run: Path) -> None:
+    """Every step's loss, gradient norm, samples and random state, and the last weights and moments, bit by bit."""
+    expected, found = (read_series(folder / "tensorboard") for folder in (straight, run))
+    for tag in ("lm loss", "grad-norm"):
+        assert list(found[tag].steps) == list(range(1, STEPS + 1))
+        np.testing.assert_array_equal(found[tag].values, expected[tag].values, err_msg=tag)
+    for rank in (0, 1):
+        for name in (f"samples_{rank}", f"rng_{rank}"):
+            assert latest(run / name) == latest(straight / name), name
+    ours, theirs = weights_and_moments(run, STEPS), weights_and_moments(straight, STEPS)
+    assert set(ours) == set(theirs) and len(ours) > 20
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
