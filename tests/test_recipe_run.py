@@ -26,7 +26,7 @@ WSDS += ["1", "--lr-warmup-iters", "1", "--min-lr", "0"]
 RECOMPUTE = ["--recompute-granularity", "selective", "--recompute-modules", "gdn_norm_out", "mlp"]
 
 FIELDS = ("lm loss", "z loss", "skipped steps", "tokens/s/GPU", "MFU (%)", "data wait (%)", "ETA (h)", "gdn decay")
-FIELDS += ("gdn beta saturated", "grad norm gdn", "grad norm attention")
+FIELDS += ("gdn beta saturated", "gdn state norm", "grad norm gdn", "grad norm attention")
 
 
 def _field(line: str, name: str) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -64,6 +64,15 @@ class _Heads:
     dt_bias: torch.Tensor
 
 
+class StateObserver(Protocol):
+    """Is given the state after each document's last token, [N, H, K, V] fp32, where it is `wanted`."""
+
+    @property
+    def wanted(self) -> bool: ...
+
+    def __call__(self, states: torch.Tensor) -> None: ...
+
+
 class ShortConv(nn.Module):
     """Holds the depthwise weight [Hk·K + Hk·K + H·V, 1, W] of the three bias-free convolutions, q then k then v."""
 
@@ -99,6 +108,8 @@ class GatedDeltaNet(MegatronModule):
     sequence; the a|b one costs a second gather of [s, b, D]. Under context parallelism states are passed between
     ranks (`parallel/state_passing.py`), whatever the number of heads.
     """
+
+    state_observer: StateObserver | None = None
 
     def __init__(
         self,
@@ -304,10 +315,14 @@ class GatedDeltaNet(MegatronModule):
         """
         channels = 2 * heads.key_heads * self.key_dim + heads.value_heads * self.value_dim
         halo, pass_states = None, None
+        observer = self.state_observer if self.training else None
+        observer = observer if observer is not None and observer.wanted else None
         if routes is not None:
             halo = state_passing.conv_halo(projected[0, :, :channels], routes, self.pg_collection.cp)
             pass_states = state_passing.passing(routes, self.pg_collection.cp, self.cp_exchange)
-        return mixer_core(
+            if observer is not None:
+                pass_states = state_passing.observed(pass_states, routes, observer)
+        y, final = mixer_core(
             projected,
             ab,
             heads.conv_weight,
@@ -322,10 +337,14 @@ class GatedDeltaNet(MegatronModule):
             norm_eps=self.out_norm.eps,
             cu_seqlens=cu_seqlens,
             conv_halo=halo,
+            output_final_state=observer is not None and pass_states is None,
             states_every=self.states_every,
             pass_states=pass_states,
             backend=self.backend,
-        )[0]
+        )
+        if observer is not None and final is not None:
+            observer(final)
+        return y
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
