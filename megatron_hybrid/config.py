@@ -100,7 +100,8 @@ class HybridConfig:
         "deviations, or is not finite",
     )
     log_health: bool = _flag(
-        True, "log decay, saturated beta and state norms of Gated DeltaNet layers, and gradient norms of both kinds of mixer"
+        True,
+        "log decay, saturated beta and state norms of Gated DeltaNet layers, and gradient norms of both kinds of mixer",
     )
     peak_tflops: float = _flag(
         0.0, "dense bf16 peak of a GPU in TFLOP/s, for MFU; 0: the data sheet's of the GPU that is found"
