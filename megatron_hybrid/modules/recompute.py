@@ -58,6 +58,7 @@ class _Recompute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         owner: Recomputed = ctx.owner
+        assert owner._again is not None, "discard_until was not called with what was computed from the output"
         torch.autograd.backward(owner._again, grad)
         return None, *(x.grad for x in owner._inputs)
 
