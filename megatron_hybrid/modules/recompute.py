@@ -31,20 +31,30 @@ class Recomputed:
         self._inputs: tuple[Tensor, ...] = ()
         self._again: Tensor | None = None
         self.output: Tensor = _Recompute.apply(self, *inputs)
-        self._bytes = self.output.untyped_storage().nbytes()
 
     def discard_until(self, result: Tensor) -> None:
         """Free the output's memory until the gradient of `result`, which was computed from it, is known."""
-        self.output.untyped_storage().resize_(0)
-        result.register_hook(self._recompute)
-
-    def _recompute(self, _: Tensor) -> None:
-        self._inputs = tuple(x.detach().requires_grad_(x.requires_grad) for x in self._inputs)
-        with torch.enable_grad():
-            self._again = self._run(*self._inputs)
         storage = self.output.untyped_storage()
-        storage.resize_(self._bytes)
-        storage.copy_(self._again.untyped_storage())  # the bytes alone: autograd sees no new version
+        size = storage.nbytes()
+        storage.resize_(0)
+        del self.output  # its graph holds this object: a circle that would never be freed
+
+        def recompute(_: Tensor) -> None:
+            self._inputs = tuple(x.detach().requires_grad_(x.requires_grad) for x in self._inputs)
+            with torch.enable_grad():
+                self._again = self._run(*self._inputs)
+            storage.resize_(size)
+            storage.copy_(self._again.untyped_storage())  # the bytes alone: autograd sees no new version
+
+        result.register_hook(recompute)
+
+    def backward(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs from that of the output. Nothing is kept: the graph outlives this layer's turn."""
+        assert self._again is not None, "discard_until was not called with what was computed from the output"
+        again, inputs = self._again, self._inputs
+        self._again, self._inputs = None, ()
+        torch.autograd.backward(again, grad)
+        return tuple(x.grad for x in inputs)
 
 
 class _Recompute(torch.autograd.Function):
@@ -57,10 +67,7 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        owner: Recomputed = ctx.owner
-        assert owner._again is not None, "discard_until was not called with what was computed from the output"
-        torch.autograd.backward(owner._again, grad)
-        return None, *(x.grad for x in owner._inputs)
+        return None, *ctx.owner.backward(grad)
 
 
 def allowing_norm_out(
