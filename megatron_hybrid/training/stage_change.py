@@ -44,7 +44,7 @@ def _with_optimizer_state(original: Callable[..., Any], say: Callable[[str], Non
 
 
 def _with_new_rates(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    def load(model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    def load(model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args
 
         plain = optimizer.load_state_dict
@@ -57,12 +57,9 @@ def _with_new_rates(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
         optimizer.load_state_dict = fitted
         try:
-            found = load_checkpoint(model, optimizer, scheduler, *args, **kwargs)
+            return load_checkpoint(model, optimizer, *args, **kwargs)
         finally:
             optimizer.load_state_dict = plain
-        if get_args().finetune:
-            scheduler.step(0)  # the groups' rates are the old stage's last until then
-        return found
 
     return load
 
