@@ -298,6 +298,8 @@ def _check_optimizer(values: argparse.Namespace) -> None:
     if values.bf16 and values.fp16:
         raise FlagError("--bf16 --fp16: give one of them")
     half = next((flag for flag in ("bf16", "fp16") if getattr(values, flag)), None)
+    if values.gdn_backend == "triton" and not half and os.environ.get("TRITON_INTERPRET") != "1":
+        raise FlagError("--gdn-backend triton: takes bf16 or fp16; add --bf16, or take --gdn-backend reference")
     saves = values.save and not values.no_save_optim
     if half and saves and "G" in values.hybrid_layer_pattern and not values.use_distributed_optimizer:
         raise FlagError(

@@ -22,11 +22,7 @@ _DIFFERENCES = {
     "olmo-hybrid-7b": (
         "initialisation: OLMo-core's of today (truncated normal 0.02); the released run began before it was mended",
     ),
-    "olmo-hybrid-7b-midtrain": (
-        "start: --pretrained-checkpoint loads weights only; Ai2 kept Adam's moments of pretraining",
-    ),
     "olmo-hybrid-7b-long-context": (
-        "start: --pretrained-checkpoint loads weights only; Ai2 kept the averaged moments of both midtraining runs",
         "documents see each other from the first step; Ai2 masked them until about step 1500 and skipped steps 961-975",
     ),
     "olmo-hybrid-7b-long-context-yarn": ("positions: YaRN, factor 8; Ai2 released the run without rotary embeddings",),

@@ -103,6 +103,27 @@ def passing(routes: Routes, group: dist.ProcessGroup, exchange: Exchange = "auto
     return start
 
 
+def observed(
+    pass_states: reference.PassStates, routes: Routes, observe: Callable[[torch.Tensor], None]
+) -> reference.PassStates:
+    """`pass_states`; the rank with a document's end gives `observe` the states there, [N, H, K, V]. Zigzag only."""
+
+    def start(M: torch.Tensor, S: torch.Tensor) -> Callable[[], torch.Tensor]:
+        wait = pass_states(M, S)
+
+        def waited() -> torch.Tensor:
+            incoming = wait()
+            if routes.rank == routes.owner[-1]:
+                last = routes.summarised[-1]
+                with torch.no_grad():
+                    observe(M[last] @ incoming[last] + S[last])
+            return incoming
+
+        return waited
+
+    return start
+
+
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

@@ -27,6 +27,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
 from megatron_hybrid.model import build_model
+from megatron_hybrid.modules.recompute import allowing_norm_out
 from megatron_hybrid.parallel.head_padding import padded_config
 from megatron_hybrid.parallel.packed import pack
 from megatron_hybrid.training.loss import forward_step, sum_loss
@@ -108,7 +109,9 @@ def make_config(layout: Layout, **overrides: Any) -> TransformerConfig:
     )
     if layout.vpp:
         settings.update(overlap_p2p_comm=True, batch_p2p_comm=False)
-    return padded_config(lambda values: TransformerConfig(**values), {**settings, **layout.overrides, **overrides})
+    return padded_config(
+        allowing_norm_out(lambda values: TransformerConfig(**values)), {**settings, **layout.overrides, **overrides}
+    )
 
 
 def build(layout: Layout, options: HybridConfig | None = None, rope: bool = True) -> list[torch.nn.Module]:
