@@ -73,11 +73,9 @@ check_run() {
     PROBLEMS=()
     for line in "${SETTINGS[@]}"; do
         read -r name kind default _ <<<"$line"
-        if is_list "$name"; then
-            [[ $(declare -p "$name" 2>/dev/null) == 'declare -a'* ]] || problem "$name: is a list: $name=(WORD WORD)"
-        elif [[ $(declare -p "$name" 2>/dev/null) == 'declare -a'* ]]; then problem "$name: is one value: $name=VALUE"; else
-            check_kind "$name" "$kind" "$default"
-        fi
+        is_list "$name" && continue
+        [[ $(declare -p "$name") != 'declare -a'* ]] || { problem "$name: is one value: $name=VALUE"; continue; }
+        check_kind "$name" "$kind" "$default"
     done
     for name in RUNS NAME TIME; do [ -n "${!name}" ] || problem "$name: missing; give it in the env file"; done
     [ "${#PROBLEMS[@]}" -eq 0 ] || return 0 # what follows reads numbers

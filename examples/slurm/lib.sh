@@ -134,7 +134,7 @@ load_file() {
         while read -r each; do
             [[ "$before each each_file before _ BASH_LINENO BASH_SOURCE FUNCNAME PIPESTATUS " == *" $each "* ]] || echo "set $each"
         done < <(compgen -v)' bash "$@" 2>&1) ||
-        fail "$file: $(head -n 1 <<<"${said#bash: }"); a setting is NAME=VALUE, or NAME=(WORD WORD), no spaces around ="
+        fail "$(head -n 1 <<<"${said#bash: }"); a setting is NAME=VALUE, or NAME=(WORD WORD), no spaces around ="
     while read -r name; do
         case $known in *" $name "*) continue ;; esac
         fail "$file: $name: no such setting; nearest: $(nearest_name "$name"); submit.sh --help lists all"
