@@ -2,6 +2,9 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2153,SC2154 # settings are set by name, from the table in lib.sh
 
+#: Of the runs of this command, by NAME: Slurm's job, what it makes, a run that follows it and was named before it.
+declare -A ID=() PROMISED=() UNMET=()
+
 #: Flags that settings stand for.
 declare -A OWNED=(
     [--preset]=PRESET [--save]=RUN [--load]=START [--fresh]=START [--pretrained-checkpoint]=FROM [--data-path]=DATA
@@ -82,8 +85,9 @@ check_run() {
     [ -d "$RUNS" ] || problem "RUNS=$RUNS: does not exist; make it, or name the folder in $SITE"
     [ -z "${ID[$NAME]:-}" ] || problem "NAME=$NAME: two runs of this command have it"
     for before in "${AFTER[@]}"; do
-        [ "$before" != "$NAME" ] || problem "AFTER: $NAME cannot follow itself"
+        [ -n "${ID[$before]:-}" ] || UNMET[$before]=$NAME
     done
+    [ -z "${UNMET[$NAME]:-}" ] || problem "AFTER: ${UNMET[$NAME]} follows $NAME; name $NAME's env file before its"
     (($(seconds_of "$TIME") > SIGNAL_SECONDS)) ||
         problem "SIGNAL_SECONDS=$SIGNAL_SECONDS: must be less than TIME=$TIME; nearest legal: $(($(seconds_of "$TIME") - 1))"
     check_programs

@@ -21,7 +21,6 @@ usage() {
     printf '  %s\n' "${SETTINGS[@]}"
 }
 
-declare -A ID=() PROMISED=() # of the runs of this command, by NAME: Slurm's job, what it makes
 DRY_RUN=no SITE=$HERE/env/site.env FILES=() OVERRIDES=() MORE_FLAGS=()
 
 parse_command_line() {

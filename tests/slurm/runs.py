@@ -32,7 +32,11 @@ def make_site(folder: Path, **settings: str) -> Path:
         for _ in range(40):
             writer.add_document(generator.integers(0, VOCAB - 1, size=100))
         writer.commit()
-    lines = [f"RUNS={folder}/runs", f"DATA_ROOT={folder}/tokens", f"PYTHON={sys.executable}"]
+    lines = [
+        f"RUNS={folder}/runs",
+        f"DATA_ROOT={folder}/tokens",
+        f"PYTHON={sys.executable} LOGIN_PYTHON={sys.executable}",
+    ]
     lines += ["EXCLUSIVE=no", "OMP_THREADS=1", "MIN_SHM_GIB=0", "TIME=00:10:00", "SIGNAL_SECONDS=60", "GPUS_PER_NODE=0"]
     return write_env(folder / "site.env", lines, settings)
 

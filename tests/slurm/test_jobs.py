@@ -1,9 +1,10 @@
-"""Real jobs on a real Slurm: a chain whose first run is preempted, one that meets a bad node, one killed; an array."""
+"""Real jobs on a real Slurm, all at once: a chain with one preempted, one on a bad node, one killed; an array; others."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from tests.slurm.runs import make_site, submit, training, write_env
 
 TOKEN = "hf_notASecretButItCouldBe"
 
-#: Refuses the node that it is run on first, whenever it is run there.
+#: Refuses the node that it is run on first, whenever it is run there. Says which variables it sees.
 HOOK = """
+echo "${{HF_TOKEN:+passed}} ${{AWS_SECRET_ACCESS_KEY:+leaked}}" >{seen}.environment
 [ -e {seen} ] || echo "$SLURMD_NODENAME" >{seen}
 [ "$(cat {seen})" != "$SLURMD_NODENAME" ] || {{ echo "a fan stands still"; exit 1; }}
 """
@@ -52,6 +54,13 @@ class Jobs:
 
         self.slurm.wait(look, seconds, lambda: "\n".join(f"{p}:\n{p.read_text()}" for p in self.runs.rglob("*.log")))
 
+    def status(self, name: str) -> str:
+        """The exit status of the job, as Slurm has it."""
+        (job,) = (
+            line for line in self.slurm.output("scontrol", "show", "job", "-o").splitlines() if f"={name} " in line
+        )
+        return job.split("ExitCode=")[1].split()[0]
+
     def trainers(self, name: str) -> list[int]:
         """Processes of torchrun's workers, not torchrun, srun or the batch script."""
         found = []
@@ -84,14 +93,24 @@ def jobs(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
         write_env(folder / "soup.env", ["NAME=soup", "RUN=$RUNS/soup", "AFTER=(one two)"], {"COMMAND": average}),
         write_env(folder / "convert.env", ["NAME=convert", "RUN=$RUNS/convert", "AFTER=(soup)"], {"COMMAND": export}),
     ]
+    chain[1].write_text(chain[1].read_text() + "PASS_ENV=(HF_TOKEN)\n")
     periods = "--wsds-periods 2 --lr-decay-style WSD --lr-wsd-decay-iters 1"
     array = training(folder, "array", 2, 10, periods, ARRAY=f"({' '.join(PRESETS)})")
-    environment = slurm.environment | {"HF_TOKEN": TOKEN, "NODES": "7"}
-    for words in (["--site", site, *chain], ["--site", site, array]):
-        done = submit(*words, environment=environment)
+    others = [training(folder, "leaves", 4, 10, "--exit-interval 1"), training(folder, "unwanted", 4, 10)]
+    gone = folder / "gone.sh"  # after the checks of submission, before the trainer's
+    gone.write_text(f"rm -f {folder}/tokens/gone.idx")
+    for suffix in ("bin", "idx"):
+        shutil.copy(folder / "tokens" / f"text.{suffix}", folder / "tokens" / f"gone.{suffix}")
+    others += [training(folder, "fails", 4, 10, DATA='("$DATA_ROOT/gone")', PRECHECK_HOOK=str(gone))]
+    stop = folder / "runs" / "unwanted" / "checkpoints" / "STOP"
+    stop.parent.mkdir(parents=True)
+    stop.write_text("please, no\n")
+    environment = slurm.environment | {"HF_TOKEN": TOKEN, "AWS_SECRET_ACCESS_KEY": TOKEN, "NODES": "7"}
+    for files in (chain, [array], others):
+        done = submit("--site", site, *files, environment=environment)
         assert done.returncode == 0, done.stdout + done.stderr
     jobs = Jobs(slurm, folder)
-    jobs.until(lambda: "data: read" in jobs.log("pretrain"))
+    jobs.until(lambda: len(jobs.trainers("pretrain")) == 2)  # and seconds from its first step
     (batch,) = slurm.output("squeue", "-h", "--name=pretrain", "-o", "%A").split()
     slurm.output("scancel", "--batch", "--signal=USR1", batch)
     jobs.until(lambda: (jobs.checkpoints("two") / "iter_0000004" / "COMPLETE").exists())
@@ -107,7 +126,7 @@ def _ended(folder: Path, name: str = "TRAINING_COMPLETE") -> int:
 
 def test_preempted_by_signal_saved_requeued_and_resumed(jobs: Jobs) -> None:
     log = jobs.log("pretrain")
-    assert "stopped with a checkpoint (the stop file); checkpoint 1, -1 at the start; queued again" in log, log
+    assert "stopped with a checkpoint (the stop file); checkpoint 1, -1 at the start; queued again" in log
     assert "start 1] on" in log and "this is a restart of it, which continues" in log
     assert _ended(jobs.checkpoints("pretrain")) == 4 and not (jobs.checkpoints("pretrain") / "STOP").exists()
 
@@ -136,7 +155,23 @@ def test_array_trains_each_preset(jobs: Jobs) -> None:
         assert _ended(jobs.checkpoints(f"array/{preset}")) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "status", "said"),
+    [
+        ("leaves", "6:0", "stopped with a checkpoint (an exit flag of Megatron's); START=continue goes on"),
+        ("unwanted", "6:0", "STOP: somebody wants no training here; remove it"),
+        ("fails", "7:0", "the training step died (srun's status 1); no checkpoint newer than at the start (none)"),
+    ],
+)
+def test_not_started_again(name: str, status: str, said: str, jobs: Jobs) -> None:
+    log = jobs.log(name)
+    assert said in log and "queued again" not in log
+    assert jobs.status(name) == status
+
+
 def test_no_secret_reaches_the_run_folder(jobs: Jobs) -> None:
+    assert (jobs.runs.parent / "seen.environment").read_text() == "passed \n"
+    snapshots = list(jobs.runs.glob("one/launch/*/start-*.txt"))
+    assert len(snapshots) == 1 and "passed by name: HF_TOKEN" in snapshots[0].read_text()
     files = [path for path in jobs.runs.rglob("*") if path.is_file()]
-    assert len(list(jobs.runs.glob("pretrain/launch/*/start-*.txt"))) == 2
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
