@@ -115,7 +115,7 @@ class Job:
             local=v.transformer_impl == "local",
         )
         if job.fp8:
-            _check_fp8(job, v.fp8_format)
+            check_fp8(job, v.fp8_format)
         return job
 
     @cached_property
@@ -198,7 +198,7 @@ def _check_vocabulary(v: argparse.Namespace) -> None:
 
 
 def _segments(pattern: str, pp: int) -> tuple[str, ...]:
-    """The pattern's own, or without `|` one of equal length for each pipeline rank; `flags.check` has refused others."""
+    """The pattern's own, or without `|` one of equal length for each pipeline rank."""
     if "|" in pattern or pp == 1:
         return tuple(pattern.split("|"))
     length = len(pattern) // pp
@@ -225,7 +225,7 @@ def check_gpu(job: Job, gpu: Gpu) -> None:
         )
 
 
-def _check_fp8(job: Job, fp8_format: str) -> None:
+def check_fp8(job: Job, fp8_format: str) -> None:
     s, tp, multiple = job.held, job.tp, FP8_MULTIPLE.get(job.fp8)
     if multiple is None:
         raise FlagError(f"--fp8-recipe {job.fp8}: unknown here; legal: {', '.join(FP8_MULTIPLE)}")

@@ -124,7 +124,7 @@ def _segment(job: Job, index: int) -> activations.Kept:
 def of_rank(job: Job, rank: int) -> Memory:
     """Of a GPU on this pipeline rank."""
     held = parameters(job, rank)
-    kept, states = 0.0, 0.0
+    kept, states = activations.buffers(job), 0.0
     for chunk, count in enumerate(in_flight(job, rank)):
         segment = _segment(job, rank + chunk * job.pp)
         states += count * segment.pop("states", 0.0)
