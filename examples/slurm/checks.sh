@@ -90,6 +90,7 @@ check_run() {
     [ -z "${UNMET[$NAME]:-}" ] || problem "AFTER: ${UNMET[$NAME]} follows $NAME; name $NAME's env file before its"
     (($(seconds_of "$TIME") > SIGNAL_SECONDS)) ||
         problem "SIGNAL_SECONDS=$SIGNAL_SECONDS: must be less than TIME=$TIME; nearest legal: $(($(seconds_of "$TIME") - 1))"
+    ((SIGNAL_SECONDS <= 65535)) || problem "SIGNAL_SECONDS=$SIGNAL_SECONDS: Slurm takes at most 65535"
     check_programs
     if [ "${#PREPROCESS[@]}" -gt 0 ]; then check_preprocess; return; fi
     [ -n "$RUN" ] || problem "RUN: missing; give it in the env file"
@@ -173,7 +174,7 @@ check_training() {
 
 check_start() {
     local index newest
-    [ "$START" = from ] || [ -z "$FROM" ] || problem "FROM=$FROM: given without START=from"
+    [ "$START" != scratch ] || [ -z "$FROM" ] || problem "FROM=$FROM: START=scratch does not take it; START=from does"
     if [ "$START" = from ]; then
         [[ $FROM == /* ]] || problem "FROM=$FROM: must be an absolute path of a folder of checkpoints"
         [ -d "$FROM" ] || is_promised "$FROM" || problem "FROM=$FROM: does not exist, and no run of AFTER=(${AFTER[*]}) in this command makes it"

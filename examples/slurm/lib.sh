@@ -120,8 +120,8 @@ set_defaults() {
     done
 }
 
-# Sources an env file after a look at what it sets, in a shell of its own. The files before it, which it may refer to,
-# are its first arguments.
+# Sources an env file (a path with a slash) after a look at what it sets, in a shell of its own. The files before it,
+# which it may refer to, are its first arguments.
 load_file() {
     local file=${!#} said name known
     [ -r "$file" ] || fail "$file: no such env file; those of the examples are in $REPO/examples/slurm/env"

@@ -23,16 +23,22 @@ usage() {
 
 DRY_RUN=no SITE=$HERE/env/site.env FILES=() OVERRIDES=() MORE_FLAGS=()
 
+# `source` looks for a plain name on PATH first.
+with_slash() { case $1 in */*) echo "$1" ;; *) echo "./$1" ;; esac; }
+
 parse_command_line() {
     while [ $# -gt 0 ]; do
         case $1 in
         --dry-run) DRY_RUN=yes ;;
-        --site) SITE=${2:?--site needs a file} && shift ;;
+        --site)
+            [ $# -gt 1 ] || fail '--site: needs a file'
+            SITE=$(with_slash "$2") && shift
+            ;;
         --help | -h) usage && exit 0 ;;
         --) shift && MORE_FLAGS=("$@") && break ;;
         -*) fail "$1: no such option; legal: --dry-run, --site FILE, -- FLAGS" ;;
         *=*) OVERRIDES+=("$1") ;;
-        *) FILES+=("$1") ;;
+        *) FILES+=("$(with_slash "$1")") ;;
         esac
         shift
     done

@@ -1,4 +1,4 @@
-"""A real Slurm of three nodes on this machine: one controller, three node daemons told apart by name and port."""
+"""A real Slurm of four nodes on this machine: one controller, four node daemons told apart by name and port."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-NODES = ("n1", "n2", "n3")
+NODES = ("n1", "n2", "n3", "n4")
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 
 _CONFIGURATION = """

@@ -1,9 +1,10 @@
-"""Real jobs on a real Slurm, all at once: a chain with one preempted, one on a bad node, one killed; an array; others."""
+"""Real jobs on a real Slurm, all at once: a chain (one preempted, one on a bad node, one killed), an array, others."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -81,13 +82,15 @@ def jobs(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     site = make_site(folder)
     hook = folder / "hook.sh"
     hook.write_text(HOOK.format(seen=folder / "seen"))
+    second = folder / "second.sh"  # of the first three nodes; the trainers are on n1 and n3
+    second.write_text('[ "$SLURMD_NODENAME" != n2 ]')
     after = {"START": "from", "FROM": "$RUNS/pretrain/checkpoints", "AFTER": "(pretrain)"}
     average = '(python -m megatron_hybrid.checkpoint.average --checkpoint "$RUNS/one/checkpoints" --checkpoint '
     average += '"$RUNS/two/checkpoints" --output "$RUNS/soup/checkpoints" --without-optimizer)'
     export = '(python -m megatron_hybrid.tools.convert export --checkpoint "$RUNS/soup/checkpoints" --output '
     export += '"$RUNS/convert/huggingface")'
     chain = [
-        training(folder, "pretrain", 4, 10, NODES="2"),
+        training(folder, "pretrain", 4, 10, NODES="2", SPARE_NODES="1", PRECHECK_HOOK=str(second), EXCLUDE_HOURS="0"),
         training(folder, "one", 2, 10, **after, PRECHECK_HOOK=str(hook)),
         training(folder, "two", 24, 4, **after),
         write_env(folder / "soup.env", ["NAME=soup", "RUN=$RUNS/soup", "AFTER=(one two)"], {"COMMAND": average}),
@@ -102,6 +105,9 @@ def jobs(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     for suffix in ("bin", "idx"):
         shutil.copy(folder / "tokens" / f"text.{suffix}", folder / "tokens" / f"gone.{suffix}")
     others += [training(folder, "fails", 4, 10, DATA='("$DATA_ROOT/gone")', PRECHECK_HOOK=str(gone))]
+    unfit = folder / "unfit.sh"
+    unfit.write_text("echo unfit; exit 1")
+    others += [training(folder, "unfit", 4, 10, MAX_REQUEUES="0", PRECHECK_HOOK=str(unfit))]
     stop = folder / "runs" / "unwanted" / "checkpoints" / "STOP"
     stop.parent.mkdir(parents=True)
     stop.write_text("please, no\n")
@@ -127,6 +133,7 @@ def _ended(folder: Path, name: str = "TRAINING_COMPLETE") -> int:
 def test_preempted_by_signal_saved_requeued_and_resumed(jobs: Jobs) -> None:
     log = jobs.log("pretrain")
     assert "stopped with a checkpoint (the stop file); checkpoint 1, -1 at the start; queued again" in log
+    assert len(re.findall("pre-check: n2 failed", log)) == 2 and len(re.findall("pre-check: n1,n3 good", log)) == 2
     assert "start 1] on" in log and "this is a restart of it, which continues" in log
     assert _ended(jobs.checkpoints("pretrain")) == 4 and not (jobs.checkpoints("pretrain") / "STOP").exists()
 
@@ -158,8 +165,13 @@ def test_array_trains_each_preset(jobs: Jobs) -> None:
 @pytest.mark.parametrize(
     ("name", "status", "said"),
     [
-        ("leaves", "6:0", "stopped with a checkpoint (an exit flag of Megatron's); START=continue goes on"),
+        (
+            "leaves",
+            "6:0",
+            "stopped with a checkpoint (an exit flag of Megatron's); START=continue goes on",
+        ),
         ("unwanted", "6:0", "STOP: somebody wants no training here; remove it"),
+        ("unfit", "4:0", "0 of 1 nodes are good, NODES=1; MAX_REQUEUES=0 are spent"),
         ("fails", "7:0", "the training step died (srun's status 1); no checkpoint newer than at the start (none)"),
     ],
 )

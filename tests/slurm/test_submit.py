@@ -245,7 +245,7 @@ def test_readme_section_runs(site: Path, tmp_path: Path) -> None:
     section = (ROOT / "README.md").read_text().split("## Launching on Slurm")[1].split("\n## ")[0]
     copy, look, chain = [line.strip() for line in section.splitlines() if line.startswith("    ")]
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    edit = f"sed -i 's#/path/to#{site.parent}#' my-site.env && echo PYTHON={sys.executable} LOGIN_PYTHON={sys.executable} >>my-site.env"
+    edit = f"sed -i 's#/path/to#{site.parent}#' my-site.env; echo {{LOGIN_,}}PYTHON={sys.executable} >>my-site.env"
     script = "\n".join(["set -e", copy, edit, look, chain.replace("submit.sh ", "submit.sh --dry-run ")])
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
