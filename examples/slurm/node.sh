@@ -97,7 +97,7 @@ check() {
     check_folders
     check_versions
     if [ -n "$PRECHECK_HOOK" ]; then
-        said=$(bash "$PRECHECK_HOOK" 2>&1) || tell bad "PRECHECK_HOOK: $(tail -n 1 <<<"$said")"
+        said=$(bash "$PRECHECK_HOOK" 2>&1) || tell bad "PRECHECK_HOOK (status $?): $(tail -n 1 <<<"$said")"
     fi
     tell time "$(date +%s)" # last: the node has answered
 }

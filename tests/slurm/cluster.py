@@ -19,6 +19,7 @@ _CONFIGURATION = """
 ClusterName=t
 SlurmctldHost={host}(127.0.0.1)
 AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
 CryptoType=crypto/munge
 SlurmUser=root
 SlurmdUser=root
@@ -56,7 +57,8 @@ class Cluster:
         return done.stdout + done.stderr
 
     def start_now(self, job: str) -> None:
-        """A requeued job would wait for two minutes."""
+        """A requeued job would wait for two minutes; started within the second of its end, it is refused and fails."""
+        time.sleep(2)
         self.output("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def wait(self, done: Callable[[], object], seconds: float, what: Callable[[], str]) -> None:
@@ -87,12 +89,8 @@ def running(folder: Path) -> Iterator[Cluster]:
     head, tail = _CONFIGURATION.format(host=host, folder=folder, ports=ports).rsplit("PartitionName", 1)
     configuration.write_text(head + "".join(nodes) + "PartitionName" + tail)
     cluster = Cluster(configuration)
-    munge_pid = Path("/run/munge/munged.pid")
-    started_munge = not munge_pid.exists()
-    munge_pid.parent.mkdir(exist_ok=True)
-    shutil.chown(munge_pid.parent, "munge", "munge")
-    subprocess.run(["munged", "--force"], check=False, capture_output=True)
     try:
+        _start_munge(folder)
         subprocess.run(["slurmctld", "-f", str(configuration)], check=True, env=cluster.environment)
         for node in NODES:
             subprocess.run(["slurmd", "-N", node, "-f", str(configuration)], check=True, env=cluster.environment)
@@ -102,11 +100,19 @@ def running(folder: Path) -> Iterator[Cluster]:
     finally:
         cluster.output("scancel", "--user=root")
         time.sleep(1)
-        pid_files = [folder / "ctld.pid", *(folder / f"d-{node}.pid" for node in NODES)]
-        for path in [*pid_files, *([munge_pid] if started_munge else [])]:
+        for path in (folder / name for name in ("ctld.pid", *(f"d-{node}.pid" for node in NODES), "munge.pid")):
             if path.exists():
                 os.kill(int(path.read_text()), signal.SIGTERM)
         time.sleep(1)
+
+
+def _start_munge(folder: Path) -> None:
+    """One of this cluster's own: another cluster on the machine may end at any time."""
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "log", "pid", "seed")]
+    subprocess.run(["munged", "--force", f"--socket={folder}/munge.socket", *files], check=True, capture_output=True)
 
 
 def _free_ports(count: int) -> list[int]:

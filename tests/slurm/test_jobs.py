@@ -34,7 +34,6 @@ class Jobs:
 
     def __init__(self, slurm: Cluster, folder: Path) -> None:
         self.slurm, self.runs = slurm, folder / "runs"
-        self.waiting: dict[str, float] = {}
 
     def log(self, name: str) -> str:
         return "\n".join(path.read_text() for path in sorted((self.runs / name / "logs").glob("*.log")))
@@ -42,15 +41,14 @@ class Jobs:
     def checkpoints(self, name: str) -> Path:
         return self.runs / name / "checkpoints"
 
-    def until(self, done: Callable[[], object], seconds: float = 240) -> None:
+    def until(self, done: Callable[[], object], seconds: float = 600) -> None:
         """Requeued jobs are not left to wait for two minutes."""
 
         def look() -> object:
             for line in self.slurm.output("squeue", "-h", "-t", "PD", "-o", "%A %r").splitlines():
                 job, reason = line.split(None, 1)
-                if reason == "BeginTime" and time.monotonic() - self.waiting.setdefault(job, time.monotonic()) > 1.5:
+                if reason == "BeginTime":
                     self.slurm.start_now(job)
-                    del self.waiting[job]
             return done()
 
         self.slurm.wait(look, seconds, lambda: "\n".join(f"{p}:\n{p.read_text()}" for p in self.runs.rglob("*.log")))
@@ -135,13 +133,14 @@ def test_preempted_by_signal_saved_requeued_and_resumed(jobs: Jobs) -> None:
     assert "stopped with a checkpoint (the stop file); checkpoint 1, -1 at the start; queued again" in log
     assert len(re.findall("pre-check: n2 failed", log)) == 2 and len(re.findall("pre-check: n1,n3 good", log)) == 2
     assert "start 1] on" in log and "this is a restart of it, which continues" in log
+    assert log.count("iteration 1 is durable") == 1
     assert _ended(jobs.checkpoints("pretrain")) == 4 and not (jobs.checkpoints("pretrain") / "STOP").exists()
 
 
 def test_a_bad_node_is_left_out(jobs: Jobs) -> None:
     log = jobs.log("one")
     bad = (jobs.runs.parent / "seen").read_text().strip()
-    assert f"pre-check: {bad} failed: PRECHECK_HOOK: a fan stands still" in log
+    assert f"pre-check: {bad} failed: PRECHECK_HOOK (status 1): a fan stands still" in log
     assert bad in (jobs.runs / "excluded_nodes").read_text()
     (ran_on,) = [line.split()[-2] for line in log.splitlines() if "good:" in line][-1:]
     assert bad not in ran_on and _ended(jobs.checkpoints("one")) == 2
@@ -150,6 +149,7 @@ def test_a_bad_node_is_left_out(jobs: Jobs) -> None:
 def test_killed_is_requeued_with_progress(jobs: Jobs) -> None:
     log = jobs.log("two")
     assert "the training step died" in log and "queued again" in log
+    assert log.count("iteration 4 is durable") == 1  # the second start went on from it
     assert _ended(jobs.checkpoints("two")) == 24
 
 

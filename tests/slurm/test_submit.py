@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,16 @@ def test_settings_do_not_come_from_the_environment(site: Path) -> None:
     assert done.returncode == 0 and "--nnodes=64" in done.stdout and "NCCL" not in done.stdout, done.stderr
 
 
+def test_nodes_that_failed_lately_are_left_out(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "s")
+    now = int(time.time())
+    listed = f"{now - 90000} n1 hot\n{now - 80000} n2 hot\n{now - 10} n3 hot\n{now - 5} n3 again\n"
+    (tmp_path / "s" / "runs" / "excluded_nodes").write_text(listed)
+    done = submit("--dry-run", "--site", site, training(tmp_path, "late", 4, 10), "EXCLUDE_NODES=n[7-9]")
+    (words,) = _commands(done.stdout, "sbatch")
+    assert "--exclude=n[7-9],n2,n3" in words, done.stderr
+
+
 def test_container_and_nccl_are_in_the_command(site: Path, tmp_path: Path) -> None:
     mounts = f"CONTAINER_MOUNTS=({site.parent}:{site.parent}:ro)"
     lines = [f"source {CHAIN[0]}", "CONTAINER_IMAGE=registry#nemo:1", mounts, "NAME=boxed PYTHON="]
@@ -213,7 +224,7 @@ NODES = [
     ("foreign", GOOD, "0, 0\n", "4242, 70000\n", {}, "another program is on the GPUs (pid,MiB): 4242,70000"),
     ("shm", GOOD, "", "", {"MIN_SHM_GIB": "999999"}, "/dev/shm: "),
     ("local", GOOD, "", "", {"NODE_LOCAL": "/no/such/disk"}, "NODE_LOCAL /no/such/disk: missing, not a disk"),
-    ("hook", GOOD, "", "", {"PRECHECK_HOOK": "/no/such/hook"}, "PRECHECK_HOOK: "),
+    ("hook", GOOD, "", "", {"PRECHECK_HOOK": "/no/such/hook"}, "PRECHECK_HOOK (status 127): "),
     ("python", GOOD, "", "", {"PYTHON": "/no/python"}, "PYTHON /no/python: "),
 ]
 

@@ -14,6 +14,7 @@ from megatron_hybrid.tools import preprocess
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.indexed_dataset import IndexedDatasetReader
 from tests.slurm.cluster import Cluster
+from tests.slurm.runs import make_site, submit, write_env
 
 Command = Callable[..., str]
 
@@ -99,7 +100,7 @@ def test_array_is_drained_requeued_and_finished_on_a_real_slurm(
     ).stdout
     array = text.split()[1].rstrip(",")
     ledger = out / "work" / "ledger"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not (ledger.is_dir() and any(path.stat().st_size for path in ledger.iterdir())):
         assert time.monotonic() < deadline, slurm.output("squeue")
         time.sleep(0.2)
@@ -123,3 +124,16 @@ def test_array_is_drained_requeued_and_finished_on_a_real_slurm(
 
 def _logs(out: Path) -> str:
     return "\n".join(path.read_text() for path in sorted((out / "work" / "slurm").glob("*.log")))
+
+
+def test_an_env_file_prepares_data_on_a_real_slurm(tmp_path: Path, tokenizer_json: Path, slurm: Cluster) -> None:
+    site = make_site(tmp_path / "site")
+    lines = [json.dumps({"text": f"document {number}"}) for number in range(50)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    words = f"--input {tmp_path}/in.jsonl --tokenizer-model {tokenizer_json} --append-eod --calibrate-seconds 0"
+    env = write_env(tmp_path / "data.env", ["NAME=data", f"PREPROCESS=({words})"], {})
+    done = submit("--site", site, env, environment=slurm.environment)
+    assert done.returncode == 0 and "data: array " in done.stdout, done.stderr
+    out = tmp_path / "site" / "tokens" / "data"
+    slurm.wait(lambda: "whole;" in _logs(out), 300, lambda: _logs(out))
+    assert json.loads((out / "manifest.json").read_text())["documents"] == 50
