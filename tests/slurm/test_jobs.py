@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +23,6 @@ echo "${{HF_TOKEN:+passed}} ${{AWS_SECRET_ACCESS_KEY:+leaked}}" >{seen}.environm
 [ -e {seen} ] || echo "$SLURMD_NODENAME" >{seen}
 [ "$(cat {seen})" != "$SLURMD_NODENAME" ] || {{ echo "a fan stands still"; exit 1; }}
 """
-
 
 PRESETS = ("ladder-60m-3to1", "ladder-60m-gdn")
 
@@ -90,7 +88,7 @@ def jobs(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     chain = [
         training(folder, "pretrain", 4, 10, NODES="2", SPARE_NODES="1", PRECHECK_HOOK=str(second), EXCLUDE_HOURS="0"),
         training(folder, "one", 2, 10, **after, PRECHECK_HOOK=str(hook)),
-        training(folder, "two", 24, 4, **after),
+        training(folder, "two", 40, 4, **after),
         write_env(folder / "soup.env", ["NAME=soup", "RUN=$RUNS/soup", "AFTER=(one two)"], {"COMMAND": average}),
         write_env(folder / "convert.env", ["NAME=convert", "RUN=$RUNS/convert", "AFTER=(soup)"], {"COMMAND": export}),
     ]
@@ -150,7 +148,7 @@ def test_killed_is_requeued_with_progress(jobs: Jobs) -> None:
     log = jobs.log("two")
     assert "the training step died" in log and "queued again" in log
     assert log.count("iteration 4 is durable") == 1  # the second start went on from it
-    assert _ended(jobs.checkpoints("two")) == 24
+    assert _ended(jobs.checkpoints("two")) == 40
 
 
 def test_the_chain_ends_with_a_hugging_face_folder(jobs: Jobs) -> None:
