@@ -18,6 +18,7 @@ FOLDERS = {
     "megatron_hybrid.tools": "tools",
     "megatron_hybrid.tools.corpus": "tools/corpus",
     "megatron_hybrid.tools.convert": "tools/convert",
+    "megatron_hybrid.tools.gpu_bench": "tools/gpu_bench",
 }
 VERSION = re.search(r'__version__ = "(.+)"', Path("megatron_hybrid/__init__.py").read_text()).group(1)  # type: ignore[union-attr]
 

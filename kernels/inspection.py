@@ -31,7 +31,8 @@ KERNELS = (
     "output",
     "norm_backward",
     "adjoint_scan",
-    "gradients",
+    "query_gradient",
+    "key_gradient",
     "conv_backward",
 )
 _TYPES = {

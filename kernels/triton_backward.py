@@ -190,71 +190,58 @@ def unnormalised(dx0, dx1, x0, x1, rstd):
 
 
 @triton.jit
-def decay_between(G, C: tl.constexpr, LOWER: tl.constexpr):
-    """[C, C]: exp(G_i - G_j) for i >= j (LOWER), or its transpose; zero elsewhere, without an exp that overflows."""
-    r = tl.arange(0, C)
-    if LOWER:
-        inside = r[:, None] >= r[None, :]
-        return tl.where(inside, exp_fp32(tl.where(inside, G[:, None] - G[None, :], 0.0)), 0.0)
-    else:
-        inside = r[:, None] <= r[None, :]
-        return tl.where(inside, exp_fp32(tl.where(inside, G[None, :] - G[:, None], 0.0)), 0.0)
-
-
-@triton.jit
 def query_gradient(
-    do, do_st, u, dr, h, q, k, P, G_row, rstd, dq, left, scale,
+    do, do_st, u, dr, h, q, k, P, dN_out, G_row, rstd, dq, left, scale,
     H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq. Returns the gradient of G through scores and inverse, dP^T and dN + dN^T for dk, and dR_i . U_i."""
+    """Writes dq, dN, and dP over P. Returns the gradient of G through scores and inverse, and dR_i . U_i."""
     dq0 = tl.zeros([C, KA], dtype=tl.float32)
     dq1 = tl.zeros([C, KB], dtype=tl.float32)
     do_u = tl.zeros([C, C], dtype=tl.float32)
-    u_do = tl.zeros([C, C], dtype=tl.float32)
     dr_u = tl.zeros([C, C], dtype=tl.float32)
-    u_dr = tl.zeros([C, C], dtype=tl.float32)
     for i_v in range((V + BV - 1) // BV):
         do_v = load_block(do, do_st, left, i_v * BV, C, BV, V)
         u_v = load_block(u, H * V, left, i_v * BV, C, BV, V)
         dr_v = load_block(dr, H * V, left, i_v * BV, C, BV, V)
         dq0 = tl.dot(do_v, load_state(h, i_v * BV, 0, BV, KA, V, K), dq0)
         dq1 = tl.dot(do_v, load_state(h, i_v * BV, KA, BV, KB, V, K), dq1)
-        # Both orders of each product: a transposed accumulator must not become an operand on Hopper (triton 3.6).
         do_u = tl.dot(do_v, tl.trans(u_v), do_u)
-        u_do = tl.dot(u_v, tl.trans(do_v), u_do)
         dr_u = tl.dot(dr_v, tl.trans(u_v), dr_u)
-        u_dr = tl.dot(u_v, tl.trans(dr_v), u_dr)
+    # One matrix after the other from here on, so that few are held at a time.
     r = tl.arange(0, C)
     i, j = r[:, None], r[None, :]
     G = tl.load(G_row + r)
     dtype = q.dtype.element_ty
-    dr_dot_u = tl.sum(tl.where(i == j, dr_u, 0.0), 1)
-    upper = decay_between(G, C, False)
-    dP_t = (u_do * upper * scale).to(dtype)
-    lower = decay_between(G, C, True)
+    inside = i >= j
+    lower = tl.where(inside, exp_fp32(tl.where(inside, G[:, None] - G[None, :], 0.0)), 0.0)
+    scores = do_u * tl.load(P + i * C + j).to(tl.float32)
+    dG = tl.sum(scores, 1) - tl.sum(scores, 0)
     dP = (do_u * lower * scale).to(dtype)
+    tl.store(P + i * C + j, dP)
+    dr_dot_u = tl.sum(tl.where(i == j, dr_u, 0.0), 1)
     dN = tl.where(i > j, -lower * dr_u, 0.0)
-    both = (dN + tl.where(i < j, -upper * u_dr, 0.0)).to(dtype)
+    tl.store(dN_out + i * C + j, dN.to(dtype))
     k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
     k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
-    scores = do_u * tl.load(P + i * C + j).to(tl.float32) + dN * tl.dot(k1, tl.trans(k1), tl.dot(k0, tl.trans(k0)))
+    dN *= tl.dot(k1, tl.trans(k1), tl.dot(k0, tl.trans(k0)))
+    dG += tl.sum(dN, 1) - tl.sum(dN, 0)
     q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
     q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
     from_state = (scale * exp_fp32(G))[:, None]
     dq0, dq1 = dq0 * from_state, dq1 * from_state
-    dG = tl.sum(scores, 1) - tl.sum(scores, 0) + tl.sum(q0 * dq0, 1) + tl.sum(q1 * dq1, 1)
+    dG += tl.sum(q0 * dq0, 1) + tl.sum(q1 * dq1, 1)
     dq0, dq1 = tl.dot(dP, k0, dq0), tl.dot(dP, k1, dq1)
     if L2NORM:
         dq0, dq1 = unnormalised(dq0, dq1, q0, q1, tl.load(rstd + r))
     store_tile(dq, dq0, H * K, left, 0, C, KA, K)
     store_tile(dq, dq1, H * K, left, KA, C, KB, K)
-    return dG, dP_t, both, dr_dot_u
+    return dG, dr_dot_u
 
 
 @triton.jit
 def key_gradient(
-    u, dr, h, ds, q, k, G_row, rstd, dk, dP_t, both, left,
+    u, dr, h, ds, q, k, dP, dN, G_row, rstd, dk, left,
     H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
@@ -263,8 +250,7 @@ def key_gradient(
     write1 = tl.zeros([C, KB], dtype=tl.float32)
     read0 = tl.zeros([C, KA], dtype=tl.float32)
     read1 = tl.zeros([C, KB], dtype=tl.float32)
-    h_ds0 = tl.zeros([BV, KA], dtype=tl.float32)
-    h_ds1 = tl.zeros([BV, KB], dtype=tl.float32)
+    h_ds = tl.zeros([BV], dtype=tl.float32)
     for i_v in range((V + BV - 1) // BV):
         u_v = load_block(u, H * V, left, i_v * BV, C, BV, V)
         dr_v = load_block(dr, H * V, left, i_v * BV, C, BV, V)
@@ -276,8 +262,7 @@ def key_gradient(
         write1 = tl.dot(u_v, ds1, write1)
         read0 = tl.dot(dr_v, h0, read0)
         read1 = tl.dot(dr_v, h1, read1)
-        h_ds0 += h0.to(tl.float32) * ds0.to(tl.float32)
-        h_ds1 += h1.to(tl.float32) * ds1.to(tl.float32)
+        h_ds += tl.sum(h0.to(tl.float32) * ds0.to(tl.float32), 1) + tl.sum(h1.to(tl.float32) * ds1.to(tl.float32), 1)
     r = tl.arange(0, C)
     G = tl.load(G_row + r)
     G_end = tl.load(G_row + C - 1)
@@ -288,9 +273,12 @@ def key_gradient(
     k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
     written = tl.sum(k0 * write0, 1) + tl.sum(k1 * write1, 1)
     dG = tl.sum(k0 * read0, 1) + tl.sum(k1 * read1, 1) - written
-    dG_end = tl.sum(written) + exp_fp32(G_end) * (tl.sum(h_ds0) + tl.sum(h_ds1))
+    dG_end = tl.sum(written) + exp_fp32(G_end) * tl.sum(h_ds)
     q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
     q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
+    plain, transposed = r[:, None] * C + r[None, :], r[None, :] * C + r[:, None]
+    dP_t = tl.load(dP + transposed)
+    both = tl.load(dN + plain) + tl.load(dN + transposed)  # triangles that do not overlap: nothing is rounded
     dk0 = tl.dot(both, k0, tl.dot(dP_t, q0, write0 + read0))
     dk1 = tl.dot(both, k1, tl.dot(dP_t, q1, write1 + read1))
     if L2NORM:
@@ -300,25 +288,59 @@ def key_gradient(
     return dG, dG_end
 
 
-@triton.jit(do_not_specialize=["T", "num_chunks"])
-def gradients_kernel(
-    q_in, k_in, P_in, G_in, beta_in, u_in, h_in, ds_in, do_in, dr_in, a_in, A_log, dt_bias, rstd_q, rstd_k,
-    dq_out, dk_out, da_out, db_out, dA_out, ddt_out,
-    bounds, chunk_doc, chunk_start, T, num_chunks, scale, do_sb, do_st, do_sh, a_sb, a_st, da_sb, da_st, db_sb, db_st,
+@triton.jit(do_not_specialize=["T"])
+def query_gradient_kernel(
+    q_in, k_in, P_dP, dN_out, G_in, beta_in, u_in, h_in, do_in, dr_in, rstd_q, dq_out, db_out, dG_out,
+    bounds, chunk_doc, chunk_start, T, scale, do_sb, do_st, do_sh, db_sb, db_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q, k (before their normalisation), a, b for one chunk and head; dA_log and ddt_bias per chunk.
+    """Gradients of q and b of one chunk and head; of G through scores and inverse; dP over P, and dN [NC, H, C, C].
 
-    dq_out and dk_out are [B * T, H, K]: one gradient per value head, also when value heads share a key head.
-    dA_out and ddt_out are [H, NC] fp32, summed afterwards in a fixed order. V is gone through twice, the second time
-    from cache: all accumulators together would not fit the registers.
+    dP and dN go to `key_gradient_kernel` through memory, which reads them transposed as well: as an operand a
+    transposed accumulator is wrong on Hopper (triton 3.6), and two launches hold few enough registers that two or
+    more chunks share a multiprocessor.
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    if t0 >= length:
+        return
+    left = length - t0
+    row = b * T + bos + t0
+    Hk: tl.constexpr = H // GROUP
+    r = tl.arange(0, C)
     chunk = i_c.to(tl.int64) * H + i_h
+    dG, dr_dot_u = query_gradient(
+        do_in + b * do_sb + (bos + t0) * do_st + i_h.to(tl.int64) * do_sh, do_st,
+        u_in + (row * H + i_h) * V, dr_in + (row * H + i_h) * V, h_in + chunk * V * K,
+        q_in + (row * Hk + i_h // GROUP) * K, k_in + (row * Hk + i_h // GROUP) * K,
+        P_dP + chunk * C * C, dN_out + chunk * C * C, G_in + chunk * C,
+        rstd_q + (i_c.to(tl.int64) * Hk + i_h // GROUP) * C, dq_out + (row * H + i_h) * K,
+        left, scale, H, Hk, K, V, KA, KB, BV, C, L2NORM,
+    )  # fmt: skip
+    tl.store(dG_out + chunk * C + r, dG)
+    beta = tl.load(beta_in + chunk * C + r)
+    # sigmoid(b) = 0 exactly when b < -88: the limit of the gradient is 0 as well.
+    db = (1.0 - beta / BETA_MAX) * tl.where(beta > 0.0, dr_dot_u / tl.where(beta > 0.0, beta, 1.0), 0.0)
+    tl.store(db_out + b * db_sb + (bos + t0 + r) * db_st + i_h, db.to(db_out.dtype.element_ty), mask=r < left)
+
+
+@triton.jit(do_not_specialize=["T", "num_chunks"])
+def key_gradient_kernel(
+    q_in, k_in, dP_in, dN_in, G_in, dG_in, u_in, h_in, ds_in, dr_in, a_in, A_log, dt_bias, rstd_k,
+    dk_out, da_out, dA_out, ddt_out, bounds, chunk_doc, chunk_start, T, num_chunks, a_sb, a_st, da_sb, da_st,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of k and a of one chunk and head; dA_log and ddt_bias chunk by chunk, [H, NC] fp32.
+
+    dG_in is G's gradient from `query_gradient_kernel`, which runs before.
+    """
+    i_c = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
     partial = i_h * num_chunks + i_c
     if t0 >= length:
         tl.store(dA_out + partial, 0.0)
@@ -328,25 +350,16 @@ def gradients_kernel(
     row = b * T + bos + t0
     Hk: tl.constexpr = H // GROUP
     r = tl.arange(0, C)
-    do = do_in + b * do_sb + (bos + t0) * do_st + i_h.to(tl.int64) * do_sh
-    u, dr = u_in + (row * H + i_h) * V, dr_in + (row * H + i_h) * V
-    h, ds = h_in + chunk * V * K, ds_in + chunk * V * K
-    q, k = q_in + (row * Hk + i_h // GROUP) * K, k_in + (row * Hk + i_h // GROUP) * K
-    dq, dk = dq_out + (row * H + i_h) * K, dk_out + (row * H + i_h) * K
-    rstd = (i_c.to(tl.int64) * Hk + i_h // GROUP) * C
-    G_row = G_in + chunk * C
-    dG_scores, dP_t, both, dr_dot_u = query_gradient(
-        do, do_st, u, dr, h, q, k, P_in + chunk * C * C, G_row, rstd_q + rstd, dq, left, scale,
-        H, Hk, K, V, KA, KB, BV, C, L2NORM,
+    chunk = i_c.to(tl.int64) * H + i_h
+    dG, dG_end = key_gradient(
+        u_in + (row * H + i_h) * V, dr_in + (row * H + i_h) * V, h_in + chunk * V * K, ds_in + chunk * V * K,
+        q_in + (row * Hk + i_h // GROUP) * K, k_in + (row * Hk + i_h // GROUP) * K,
+        dP_in + chunk * C * C, dN_in + chunk * C * C, G_in + chunk * C,
+        rstd_k + (i_c.to(tl.int64) * Hk + i_h // GROUP) * C, dk_out + (row * H + i_h) * K,
+        left, H, Hk, K, V, KA, KB, BV, C, L2NORM,
     )  # fmt: skip
-    dG_state, dG_end = key_gradient(
-        u, dr, h, ds, q, k, G_row, rstd_k + rstd, dk, dP_t, both, left, H, Hk, K, V, KA, KB, BV, C, L2NORM
-    )
-    dg = tl.cumsum(dG_scores + dG_state, 0, reverse=True) + dG_end
+    dg = tl.cumsum(dG + tl.load(dG_in + chunk * C + r), 0, reverse=True) + dG_end
     valid = r < left
-    beta = tl.load(beta_in + chunk * C + r)
-    # sigmoid(b) = 0 exactly when b < -88: the limit of the gradient is 0 as well.
-    db = (1.0 - beta / BETA_MAX) * tl.where(beta > 0.0, dr_dot_u / tl.where(beta > 0.0, beta, 1.0), 0.0)
     x = tl.load(a_in + b * a_sb + (bos + t0 + r) * a_st + i_h, mask=valid, other=0.0).to(tl.float32)
     x += tl.load(dt_bias + i_h).to(tl.float32)
     decay_rate = -exp_fp32(tl.load(A_log + i_h).to(tl.float32))
@@ -354,4 +367,3 @@ def gradients_kernel(
     tl.store(dA_out + partial, tl.sum(tl.where(valid, dg * decay_rate * softplus_fp32(x), 0.0)))
     tl.store(ddt_out + partial, tl.sum(da))
     tl.store(da_out + b * da_sb + (bos + t0 + r) * da_st + i_h, da.to(da_out.dtype.element_ty), mask=valid)
-    tl.store(db_out + b * db_sb + (bos + t0 + r) * db_st + i_h, db.to(db_out.dtype.element_ty), mask=valid)

@@ -26,17 +26,18 @@ from megatron_hybrid.kernels.triton_tiles import (
 
 @triton.jit(do_not_specialize=["T"])
 def scan_kernel(
-    k_in, v_in, Tb_in, G_in, beta_in, initial, h_out, u_out, every_out, final,
-    bounds, chunk_start, seg_doc, seg_start, T, v_sb, v_st, v_sh,
+    q_in, k_in, v_in, Tb_in, P_in, G_in, beta_in, initial, o_out, h_out, u_out, every_out, final,
+    bounds, chunk_start, seg_doc, seg_start, T, scale, v_sb, v_st, v_sh,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SEGMENT: tl.constexpr, EVERY: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr,
-    STORE: tl.constexpr, MAP: tl.constexpr,
+    OUT: tl.constexpr, STATES: tl.constexpr, VALUES: tl.constexpr, MAP: tl.constexpr,
 ):  # fmt: skip
-    """States h [NC, H, V, K] entering each chunk and new values u [B * T, H, V]; BV columns of V per program.
+    """The recurrence, BV columns of V per program. Writes what is asked for: with OUT the output o [B * T, H, V], with
+    STATES the state h [NC, H, V, K] entering each chunk, with VALUES the new values u [B * T, H, V].
 
-    STORE false: `final` alone. MAP: no values are written and the state starts as the identity, V = K, so that `final`
-    is what the document does to any state.
+    MAP: no values enter and the state starts as the identity, V = K, so that `final` is what the document does to any
+    state.
 
     SEGMENT 0: one program runs a whole document from `initial` [N, H, K, V] fp32 (zeros unless INITIAL), and writes
     the state entering every EVERY-th chunk to every_out when EVERY > 0, and `final` [N, H, K, V] fp32 when FINAL.
@@ -91,21 +92,23 @@ def scan_kernel(
     row = b * T + bos + start
     k = k_in + (row * Hk + i_h // GROUP) * K
     v = v_in + b * v_sb + (bos + start) * v_st + i_h.to(tl.int64) * v_sh
-    u_row = u_out + (row * H + i_h) * V
+    q = q_in + (row * Hk + i_h // GROUP) * K
+    o_row, u_row = o_out + (row * H + i_h) * V, u_out + (row * H + i_h) * V
     chunk = first_chunk * H + i_h
     h = h_out + chunk * V * K
-    square = Tb_in + chunk * C * C + r[:, None] * C + r[None, :]
+    square = chunk * C * C + r[:, None] * C + r[None, :]
+    Tb_row, P_row = Tb_in + square, P_in + square
     G_row = G_in + chunk * C
     beta_row = beta_in + chunk * C
     for c in range(num_chunks):
         left = length - start - c * C
         k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
         k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
-        Tb = tl.load(square)
+        Tb = tl.load(Tb_row)
         G = tl.load(G_row + r)
         G_end = tl.load(G_row + C - 1)
         s0_low, s1_low = s0.to(dtype), s1.to(dtype)
-        if STORE:
+        if STATES:
             store_state(h, s0_low, col, 0, BV, KA, V, K)
             store_state(h, s1_low, col, KA, BV, KB, V, K)
         if EVERY > 0 and SEGMENT == 0 and c % EVERY == 0:
@@ -121,17 +124,26 @@ def scan_kernel(
             v_c = load_block(v, v_st, left, col, C, BV, V)
             u = tl.dot(from_state, tl.trans(Tb), tl.dot(tl.trans(v_c), tl.trans(Tb)))
         u *= tl.load(beta_row + r)[None, :]
-        if STORE:
+        if VALUES:
             store_columns(u_row, u, H * V, left, col, C, BV, V)
+        if OUT:
+            q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
+            q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
+            o = tl.dot(s1_low, tl.trans(q1), tl.dot(s0_low, tl.trans(q0)))
+            o = tl.dot(u.to(dtype), tl.trans(tl.load(P_row)), o * (scale * exp_fp32(G))[None, :])
+            store_columns(o_row, o, H * V, left, col, C, BV, V)
         written = (u * exp_fp32(G_end - G)[None, :]).to(dtype)
         decay = exp_fp32(G_end)
         s0 = tl.dot(written, k0, s0 * decay)
         s1 = tl.dot(written, k1, s1 * decay)
+        q += C * Hk * K
         k += C * Hk * K
         v += C * v_st.to(tl.int64)
+        o_row += C * H * V
         u_row += C * H * V
         h += H * V * K
-        square += H * C * C
+        Tb_row += H * C * C
+        P_row += H * C * C
         G_row += H * C
         beta_row += H * C
     if FINAL:
@@ -156,12 +168,13 @@ def output_kernel(
     q_in, P_in, G_in, h_in, u_in, z_in, norm_w, out, bounds, chunk_doc, chunk_start, T, scale, eps, z_sb, z_st, z_sh,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    NORM: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr,
+    GATE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Output of one chunk and head, all V columns, and the gated RMSNorm over them when NORM.
+    """Output of one chunk and head, all V columns, through the gated RMSNorm over them (no gate unless GATE).
 
     The norm needs all columns before the first is written: they are computed twice, the second time from what is
-    still in cache, so that few registers are held and several chunks share a multiprocessor.
+    still in cache, so that few registers are held and several chunks share a multiprocessor. Normalising what the
+    scan wrote instead is as fast, and rounds o once more: that alone takes y past the bound of 0.005.
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -182,19 +195,17 @@ def output_kernel(
     h = h_in + chunk * V * K
     u = u_in + (row * H + i_h) * V
     y = out + (row * H + i_h) * V
-    if NORM:
-        squares = tl.zeros([C], dtype=tl.float32)
-        for i_v in range(NV):
-            o = output_tile(q0, q1, P, decay, h, u, H * V, left, i_v * BV, C, BV, K, V, KA, KB)
-            squares += tl.sum(o * o, 1)
-        rstd = tl.rsqrt(squares / V + eps)
+    squares = tl.zeros([C], dtype=tl.float32)
     for i_v in range(NV):
         o = output_tile(q0, q1, P, decay, h, u, H * V, left, i_v * BV, C, BV, K, V, KA, KB)
-        if NORM:
-            c = i_v * BV + tl.arange(0, BV)
-            o *= rstd[:, None] * tl.load(norm_w + c, mask=c < V, other=0.0).to(tl.float32)[None, :]
-            if GATE:
-                z = z_in + b * z_sb + (bos + t0) * z_st + i_h.to(tl.int64) * z_sh
-                z_v = load_block(z, z_st, left, i_v * BV, C, BV, V).to(tl.float32)
-                o *= z_v * sigmoid_fp32(z_v)
+        squares += tl.sum(o * o, 1)
+    rstd = tl.rsqrt(squares / V + eps)
+    for i_v in range(NV):
+        o = output_tile(q0, q1, P, decay, h, u, H * V, left, i_v * BV, C, BV, K, V, KA, KB)
+        c = i_v * BV + tl.arange(0, BV)
+        o *= rstd[:, None] * tl.load(norm_w + c, mask=c < V, other=0.0).to(tl.float32)[None, :]
+        if GATE:
+            z = z_in + b * z_sb + (bos + t0) * z_st + i_h.to(tl.int64) * z_sh
+            z_v = load_block(z, z_st, left, i_v * BV, C, BV, V).to(tl.float32)
+            o *= z_v * sigmoid_fp32(z_v)
         store_block(y, o, H * V, left, i_v * BV, C, BV, V)

@@ -9,7 +9,12 @@ import triton
 from torch import Tensor
 
 from megatron_hybrid.kernels.configs import launch_for
-from megatron_hybrid.kernels.triton_backward import adjoint_scan_kernel, gradients_kernel, norm_backward_kernel
+from megatron_hybrid.kernels.triton_backward import (
+    adjoint_scan_kernel,
+    key_gradient_kernel,
+    norm_backward_kernel,
+    query_gradient_kernel,
+)
 from megatron_hybrid.kernels.triton_conv import conv_backward_kernel
 from megatron_hybrid.kernels.triton_forward import output_kernel, scan_kernel
 from megatron_hybrid.kernels.triton_prepare import conv_kernel, diagonal_kernel, prepare_kernel
@@ -110,12 +115,13 @@ class Prepared(NamedTuple):
     P: Tensor
 
 
-class States(NamedTuple):
-    """h [NC, H, V, K], u [B * T, H, V], kept states [segments, H, V, K] (fp32 unless all are kept) or None, final
-    [N, H, K, V] fp32 or None."""
+class Scanned(NamedTuple):
+    """What a scan was asked for: o [B, T, H, V], h [NC, H, V, K], u [B * T, H, V], kept states [segments, H, V, K]
+    (fp32 unless all are kept), final [N, H, K, V] fp32."""
 
-    h: Tensor
-    u: Tensor
+    o: Tensor | None
+    h: Tensor | None
+    u: Tensor | None
     kept: Tensor | None
     final: Tensor | None
 
@@ -137,9 +143,9 @@ def convolve(problem: Problem, x: Tensor, conv: Conv) -> tuple[Tensor, Tensor, T
     rstd_q, rstd_k = torch.empty(2, layout.num_chunks, Hk, CHUNK, dtype=torch.float32, device=x.device)
     sizes = {name: size for name, size in problem.sizes.items() if name != "GROUP"}
     conv_kernel[(layout.num_chunks * (2 * Hk + triton.cdiv(H * V, launch.block)),)](
-        x, conv.weight, x if conv.halo is None else conv.halo, q, k, v, rstd_q, rstd_k, **problem.tables, T=T,
-        eps=options.l2norm_eps, **strides(x=x), Hk=Hk, **sizes, BV=launch.block, W=TAPS, HALO=conv.halo is not None,
-        L2NORM=options.qk_l2norm, **launch.options,
+        x, conv.weight.t().contiguous(), x if conv.halo is None else conv.halo, q, k, v, rstd_q, rstd_k,
+        **problem.tables, T=T, eps=options.l2norm_eps, **strides(x=x), Hk=Hk, **sizes, BV=launch.block, W=TAPS,
+        HALO=conv.halo is not None, L2NORM=options.qk_l2norm, **launch.options,
     )  # fmt: skip
     return q, k, v, rstd_q, rstd_k
 
@@ -217,61 +223,68 @@ def summary(problem: Problem, made: Prepared, solved: Solved) -> tuple[Tensor, T
     for columns, is_map in ((K, True), (V, False)):
         launch = launch_for("scan", K, V)
         final = torch.empty(layout.N, H, K, columns, dtype=torch.float32, device=made.k.device)
+        k, v, nothing = made.k, made.v, final
         scan_kernel[(layout.N * H * triton.cdiv(columns, launch.block),)](
-            made.k, made.v, solved.Tb, solved.G, solved.beta, final, made.k, made.v, final, final,
-            layout.bounds, layout.chunk_start, layout.chunk_doc, layout.chunk_start, T, **strides(v=made.v),
+            k, k, v, solved.Tb, solved.Tb, solved.G, solved.beta, nothing, k, k, k, nothing, final,
+            layout.bounds, layout.chunk_start, layout.chunk_doc, layout.chunk_start, T, 1.0, **strides(v=v),
             **(problem.sizes | {"V": columns}), BV=launch.block, SEGMENT=0, EVERY=0, INITIAL=False, FINAL=True,
-            STORE=False, MAP=is_map, **launch.options,
+            OUT=False, STATES=False, VALUES=False, MAP=is_map, **launch.options,
         )  # fmt: skip
         results.append(final)
     return results[0], results[1]
 
 
 def scan(
-    problem: Problem, made: Prepared, solved: Solved, *,
-    initial: Tensor | None = None, kept: Tensor | None = None, want_final: bool = False,
-) -> States:  # fmt: skip
-    """The states through all chunks: document by document, or, from the states kept before, all pieces at once.
+    problem: Problem, made: Prepared, solved: Solved, *, initial: Tensor | None = None, kept: Tensor | None = None,
+    want_o: bool = True, want_states: bool = True, want_final: bool = False, is_again: bool = False,
+) -> Scanned:  # fmt: skip
+    """The recurrence through all chunks: document by document, or, from the states kept before, all pieces at once.
 
-    initial [N, H, K, V] fp32.
+    initial [N, H, K, V] fp32. want_states: h and u. The first time states are kept as the options say; not is_again,
+    in a backward pass.
     """
     B, T, _Hk, H, K, V, options, layout, segments = problem
-    is_again = kept is not None
-    every = options.states_every
-    h = made.k.new_empty(layout.num_chunks, H, V, K)
-    u = made.k.new_empty(B * T, H, V)
-    final = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=h.device) if want_final else None
-    if kept is None and segments is not None:
+    every, k = options.states_every, made.k
+    in_pieces = kept is not None
+    o = made.v.new_empty(B, T, H, V) if want_o else None
+    u = k.new_empty(B * T, H, V) if want_states else None
+    h = kept if every == 1 else None
+    write_states = h is None and (want_states or every == 1)
+    if write_states:
+        h = k.new_empty(layout.num_chunks, H, V, K)
+    final = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=k.device) if want_final else None
+    if not is_again and segments is not None:
         # fp32: from rounded states the second run would give other bits than the first.
-        kept = h if every == 1 else h.new_empty(segments.num_chunks, H, V, K, dtype=torch.float32)
+        kept = h if every == 1 else k.new_empty(segments.num_chunks, H, V, K, dtype=torch.float32)
     where = layout if segments is None else segments
-    programs = where.num_chunks if is_again else layout.N
-    launch = launch_for("scan", K, V)
+    programs = where.num_chunks if in_pieces else layout.N
+    launch = launch_for("scan_again" if in_pieces else "scan", K, V)
     scan_kernel[(programs * H * triton.cdiv(V, launch.block),)](
-        made.k, made.v, solved.Tb, solved.G, solved.beta, h if initial is None else initial, h, u,
-        h if kept is None else kept, h if final is None else final,
-        layout.bounds, layout.chunk_start, where.chunk_doc, where.chunk_start, T, **strides(v=made.v),
-        **problem.sizes, BV=launch.block, SEGMENT=every if is_again else 0, EVERY=every if every > 1 else 0,
-        INITIAL=initial is not None, FINAL=want_final, STORE=True, MAP=False, **launch.options,
+        made.q, k, made.v, solved.Tb, made.P, solved.G, solved.beta,
+        *(k if x is None else x for x in (initial, o, h, u, kept, final)),
+        layout.bounds, layout.chunk_start, where.chunk_doc, where.chunk_start, T, options.scale, **strides(v=made.v),
+        **problem.sizes, BV=launch.block, SEGMENT=every if in_pieces else 0,
+        EVERY=every if every > 1 and not is_again else 0,
+        INITIAL=initial is not None, FINAL=want_final, OUT=want_o, STATES=write_states, VALUES=want_states, MAP=False,
+        **launch.options,
     )  # fmt: skip
-    return States(h, u, kept, final)
+    return Scanned(o, h, u, kept, final)
 
 
 def output(
-    problem: Problem, made: Prepared, solved: Solved, states: States, z: Tensor | None, norm_weight: Tensor | None
+    problem: Problem, made: Prepared, solved: Solved, states: Scanned, z: Tensor | None, norm_weight: Tensor
 ) -> Tensor:
-    """o [B, T, H, V], through the gated RMSNorm when norm_weight [V] is given (gate z [B, T, H, V] or None)."""
-    B, T, _Hk, H, K, V, options, _, _ = problem
-    out = made.v.new_empty(B, T, H, V)
-    gate = out if z is None else z
+    """y [B, T, H, V]: the output through the RMSNorm with weight [V], times silu(z) when there is z [B, T, H, V]."""
+    B, T, _Hk, H, K, V, options, layout, _ = problem
+    y = made.v.new_empty(B, T, H, V)
+    gate = y if z is None else z
     launch = launch_for("output", K, V)
-    output_kernel[(problem.layout.num_chunks * H,)](
-        made.q, made.P, solved.G, states.h, states.u, gate, out if norm_weight is None else norm_weight, out,
+    output_kernel[(layout.num_chunks * H,)](
+        made.q, made.P, solved.G, states.h, states.u, gate, norm_weight, y,
         **problem.tables, T=T, scale=options.scale, eps=options.norm_eps, **strides(z=gate), **problem.sizes,
-        BV=launch.block, NORM=norm_weight is not None, GATE=z is not None,
-        **launch.options,
+        BV=launch.block, GATE=z is not None, **launch.options,
     )  # fmt: skip
-    return out
+    return y
 
 
 def norm_backward(
@@ -331,20 +344,27 @@ class QKGradients(NamedTuple):
 
 
 def gradients(
-    problem: Problem, made: Prepared, solved: Solved, states: States, adjoint: Adjoint, do: Tensor, gates: Gates,
+    problem: Problem, made: Prepared, solved: Solved, states: Scanned, adjoint: Adjoint, do: Tensor, gates: Gates,
     da: Tensor, db: Tensor,
 ) -> QKGradients:  # fmt: skip
-    """Everything that needs all V columns of a chunk; da and db [B, T, H] are written in place."""
+    """Everything that needs all V columns of a chunk; da and db [B, T, H] are written in place, made.P is used up."""
     B, T, Hk, H, K, V, options, layout, _ = problem
     dq, dk = made.q.new_empty(B, T, H, K), made.k.new_empty(B, T, H, K)
     partial = torch.empty(2, H, layout.num_chunks, dtype=torch.float32, device=dq.device)
-    launch = launch_for("gradients", K, V)
-    gradients_kernel[(layout.num_chunks * H,)](
-        made.q, made.k, made.P, solved.G, solved.beta, states.u, states.h, adjoint.ds, do, adjoint.dr,
-        gates.a, gates.A_log, gates.dt_bias, made.rstd_q, made.rstd_k, dq, dk, da, db, *partial,
-        **problem.tables, T=T, num_chunks=layout.num_chunks, scale=options.scale,
-        **strides(do=do, a=gates.a, da=da, db=db), **problem.sizes, BV=launch.block, L2NORM=options.qk_l2norm,
-        BETA_MAX=options.beta_max, **launch.options,
+    dN, dG = torch.empty_like(made.P), torch.empty_like(solved.G)
+    grid = (layout.num_chunks * H,)
+    launch = launch_for("query_gradient", K, V)
+    query_gradient_kernel[grid](
+        made.q, made.k, made.P, dN, solved.G, solved.beta, states.u, states.h, do, adjoint.dr, made.rstd_q, dq, db, dG,
+        **problem.tables, T=T, scale=options.scale, **strides(do=do, db=db), **problem.sizes, BV=launch.block,
+        L2NORM=options.qk_l2norm, BETA_MAX=options.beta_max, **launch.options,
+    )  # fmt: skip
+    launch = launch_for("key_gradient", K, V)
+    key_gradient_kernel[grid](
+        made.q, made.k, made.P, dN, solved.G, dG, states.u, states.h, adjoint.ds, adjoint.dr,
+        gates.a, gates.A_log, gates.dt_bias, made.rstd_k, dk, da, *partial,
+        **problem.tables, T=T, num_chunks=layout.num_chunks, **strides(a=gates.a, da=da), **problem.sizes,
+        BV=launch.block, L2NORM=options.qk_l2norm, **launch.options,
     )  # fmt: skip
     if Hk != H:
         dq, dk = (x.unflatten(2, (Hk, H // Hk)).sum(3, dtype=torch.float32).to(x.dtype) for x in (dq, dk))

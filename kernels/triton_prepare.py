@@ -29,7 +29,7 @@ from megatron_hybrid.kernels.triton_tiles import (
 @triton.jit
 def silu_conv_tile(
     x, stride, weight, halo, t0, rows_left, width,
-    COL: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, W: tl.constexpr, HALO: tl.constexpr,
+    COL: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, W: tl.constexpr, D: tl.constexpr, HALO: tl.constexpr,
 ):  # fmt: skip
     """silu(causal conv) of C rows in fp32; x points at token t0 of its document, halo at its [D, W - 1] history.
 
@@ -46,7 +46,7 @@ def silu_conv_tile(
         if HALO:
             past = (t0 + r + (W - 1))[:, None] + c[None, :] * (W - 1)
             tap += tl.load(halo + past, mask=valid & before, other=0.0).to(tl.float32)
-        tap_weight = tl.load(weight + c * W + j, mask=c < width, other=0.0).to(tl.float32)
+        tap_weight = tl.load(weight + j * D + c, mask=c < width, other=0.0).to(tl.float32)
         total += tap * tap_weight[None, :]
     return total * sigmoid_fp32(total)
 
@@ -60,7 +60,7 @@ def conv_kernel(
 ):  # fmt: skip
     """Convolution and SiLU of one chunk of one q or k head, normalised, or of BV columns of v.
 
-    x_in [B, T, D], weight [D, W] and halo [N, D, W - 1] hold the D = 2 Hk K + H V channels of q, k and v.
+    x_in [B, T, D], weight [W, D] and halo [N, D, W - 1] hold the D = 2 Hk K + H V channels of q, k and v.
     """
     BLOCKS_V: tl.constexpr = (H * V + BV - 1) // BV
     BLOCKS: tl.constexpr = 2 * Hk + BLOCKS_V
@@ -79,7 +79,7 @@ def conv_kernel(
         channel = 2 * Hk * K + col
         width = tl.minimum(H * V - col, BV)
         v = silu_conv_tile(
-            x + channel, x_st, weight + channel * W, past + channel * (W - 1), t0, left, width, 0, C, BV, W, HALO
+            x + channel, x_st, weight + channel, past + channel * (W - 1), t0, left, width, 0, C, BV, W, D, HALO
         )
         r = tl.arange(0, C)
         c = tl.arange(0, BV)
@@ -89,10 +89,10 @@ def conv_kernel(
         )
     else:
         channel = block * K
-        w = weight + channel * W
+        w = weight + channel
         past += channel * (W - 1)
-        x0 = silu_conv_tile(x + channel, x_st, w, past, t0, left, K, 0, C, KA, W, HALO)
-        x1 = silu_conv_tile(x + channel, x_st, w, past, t0, left, K, KA, C, KB, W, HALO)
+        x0 = silu_conv_tile(x + channel, x_st, w, past, t0, left, K, 0, C, KA, W, D, HALO)
+        x1 = silu_conv_tile(x + channel, x_st, w, past, t0, left, K, KA, C, KB, W, D, HALO)
         out, rstd, i_k = q_out, rstd_q, block
         if block >= Hk:
             out, rstd, i_k = k_out, rstd_k, block - Hk

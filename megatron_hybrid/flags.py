@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from megatron_hybrid import fp8
 from megatron_hybrid.presets import NAMES, PRESETS, FlagValue
 from megatron_hybrid.tools.cli import ToolError
 
@@ -143,6 +144,10 @@ def check(flags: Sequence[str]) -> None:
     _check_optimizer(values)
     _check_recipe(values)
     _check_context_parallel(values)
+    try:
+        fp8.check_flags(flags)
+    except fp8.Fp8Error as error:
+        raise FlagError(str(error)) from None
     _check_data(values)
     _check_folder("--save", values.save)
 

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_hybrid.fp8 import check_widths
 from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
 from megatron_hybrid.modules.cross_entropy import chunked_token_losses, token_losses
 from megatron_hybrid.modules.init import use_olmo_init
@@ -29,6 +30,7 @@ from megatron_hybrid.parallel.head_padding import (
     real_numel,
     rounded_up,
     split_of,
+    true_sizes,
     without_padding,
 )
 
@@ -141,9 +143,11 @@ def build_model(
         report_logsumexp, loss_chunk_tokens: see OlmoHybridModel.
 
     Raises:
-        ValueError: an interleaved pipeline whose messages Megatron would pair up wrongly.
+        ValueError: an interleaved pipeline whose messages Megatron would pair up wrongly; a width on this rank that
+            FP8 cannot take.
     """
     _check_interleaving(config, pattern)
+    check_widths({**vars(config), **true_sizes(config).settings()})
     use_olmo_init(config)
     model = OlmoHybridModel(
         config,

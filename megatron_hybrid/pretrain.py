@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_hybrid import compat
+from megatron_hybrid import compat, fp8
 from megatron_hybrid.checkpoint.discovery import EXIT_UNLOADABLE, Unloadable
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.flags import FlagError, check, compose, wsds_ends
@@ -175,6 +175,7 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
         run.hook()
         args = parse([*flags, *added])
         stack_spec(args)
+        fp8.check_args(args)
         _set_vocabulary(args, flags)
         _say_what_is_padded(args)
         if args.save:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_hybrid import flops
 from megatron_hybrid.flags import FlagError, check, compose
+from megatron_hybrid.fp8 import RECIPES, possible
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.planning import hardware, memory, search, traffic
 from megatron_hybrid.planning.hardware import GPUS, RESERVED_GIB
@@ -64,7 +65,7 @@ def search_report(flags: Sequence[str], gpu_name: str, gpus: int, costs: Path | 
     if chosen:
         raise FlagError(f"{chosen[0]}: `plan search` chooses it; leave it out, or use `plan check`")
     gpu, base = GPUS[gpu_name], Job.from_flags([*flags, "--micro-batch-size", "1"], 1)
-    recipes = [base.fp8] if base.fp8 else ["", gpu.fp8_recipes[-1]]
+    recipes = [base.fp8] if base.fp8 else ["", [recipe for recipe in RECIPES if recipe in possible(gpu.capability)][-1]]
     measured = _measured(costs, base) if costs else None
     found = search.search(base, gpus, gpu, recipes, measured)
     lines = [hardware.table(), ""]

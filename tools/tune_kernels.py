@@ -2,14 +2,18 @@
 
 --report   needs no GPU: registers, stack, shared memory, occupancy and matrix instructions of every kernel of an
            entry, for Hopper (sm_90) and Blackwell (sm_100)
-otherwise  needs the GPU to tune for: tries configurations kernel by kernel, keeps the fastest that agrees with the
-           reference and gives the same bits twice, and prints an entry for kernels/configs.py
+otherwise  needs the GPU to tune for: times configurations kernel by kernel, each kernel by itself, keeps the fastest
+           of those with which everything agrees with the reference and gives the same bits twice, and prints an entry
+           for kernels/configs.py
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -19,15 +23,17 @@ from megatron_hybrid.kernels.configs import DEFAULTS, TABLE, Launch, trial
 
 #: Tried for each kernel besides the default. Columns stay at 64 where a matrix product wants 64 rows.
 CANDIDATES = {
-    "conv": [Launch(4, 1, 64), Launch(8, 1, 64), Launch(4, 1, 128)],
-    "diagonal": [Launch(1, 1)],
-    "prepare": [Launch(4, 1), Launch(8, 1)],
-    "scan": [Launch(4, 2, 64), Launch(4, 3, 64), Launch(4, 4, 64)],
-    "output": [Launch(4, 1, 64), Launch(4, 2, 64), Launch(8, 1, 64)],
-    "norm_backward": [Launch(4, 1, 16), Launch(8, 1, 16), Launch(8, 1, 32)],
-    "adjoint_scan": [Launch(4, 2, 64), Launch(4, 3, 64)],
-    "gradients": [Launch(8, 1, 64), Launch(8, 2, 64), Launch(8, 3, 64)],
-    "conv_backward": [Launch(1, 1, 64), Launch(1, 1, 128), Launch(1, 1, 256), Launch(2, 1, 256)],
+    "conv": [Launch(4, 1, 128), Launch(2, 1, 64)],
+    "diagonal": [],
+    "prepare": [Launch(4, 1, 0, 96), Launch(8, 1)],
+    "scan": [Launch(4, 2, 64), Launch(4, 3, 64)],
+    "scan_again": [Launch(4, 1, 64), Launch(4, 2, 64)],
+    "output": [Launch(4, 1, 64), Launch(4, 3, 64)],
+    "norm_backward": [Launch(4, 1, 16), Launch(4, 1, 4), Launch(2, 1, 4), Launch(8, 1, 16, 128)],
+    "adjoint_scan": [Launch(4, 2, 64), Launch(4, 4, 64)],
+    "query_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128)],
+    "key_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128), Launch(8, 1, 64)],
+    "conv_backward": [Launch(1, 1, 64), Launch(1, 1, 256), Launch(2, 1, 256), Launch(2, 1, 128)],
 }
 
 
@@ -44,13 +50,14 @@ def mixer(H: int, K: int, V: int, T: int, device: str) -> Callable[[], Any]:
 
     def run() -> None:
         x, gates = qkvz.detach().requires_grad_(), ab.detach().requires_grad_()
+        options = Options(K**-0.5, states_every=32)
         y, _ = MixerCore.apply(
-            x, gates, weight, A_log, dt_bias, norm, None, None, (H, H, K, V), Options(K**-0.5), None, False
-        )
+            x, gates, weight, A_log, dt_bias, norm, None, None, (H, H, K, V), options, None, False, None
+        )  # fmt: skip
         torch.autograd.grad(y, [x, gates], dy)
         q, k, v = (part.unflatten(2, (H, -1)) for part in x[..., :D].split([H * K, H * K, H * V], dim=-1))
         a, b = gates.chunk(2, dim=-1)
-        o, _ = DeltaRule.apply(q, k, v, a, b, A_log, dt_bias, None, Options(K**-0.5), None, False)
+        o, _ = DeltaRule.apply(q, k, v, a, b, A_log, dt_bias, None, options, None, False)
         torch.autograd.grad(o, [x], dy)
 
     return run
@@ -102,25 +109,90 @@ def passes(K: int, V: int, launches: dict[str, Launch]) -> str:
     return "; ".join(f"{name} {e:.4f}" for name, e in errors.items() if not e <= TOLERANCES[name])
 
 
+def alone(kernel: str, run: Callable[[], Any]) -> list[float]:
+    """Milliseconds that each launch of one kernel in `run` takes by itself."""
+    from megatron_hybrid.kernels import triton_launch
+
+    name = f"{kernel.removesuffix('_again')}_kernel"
+    original = getattr(triton_launch, name)
+    again: list[Callable[[], Any]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                original[grid](*args, **kwargs)
+                again.append(lambda: original[grid](*args, **kwargs))
+
+            return launch
+
+    setattr(triton_launch, name, Recorder())
+    try:
+        run()
+    finally:
+        setattr(triton_launch, name, original)
+    return [float(triton.testing.do_bench_cudagraph(launch, rep=20, return_mode="median")) for launch in again]
+
+
+def serve(connection: Connection, H: int, K: int, V: int, T: int) -> None:
+    """Answers (launches, kernel) with its times, or with what is wrong; (launches, None) with what `passes` says."""
+    run = mixer(H, K, V, T, "cuda")
+    while True:
+        launches, kernel = connection.recv()
+        if kernel is None:
+            connection.send(passes(K, V, launches))
+            continue
+        try:
+            with trial(**launches):
+                connection.send(alone(kernel, run))
+        except (RuntimeError, triton.runtime.errors.OutOfResources) as problem:
+            connection.send(str(problem).splitlines()[0])
+
+
+class Child:
+    """A process that runs candidates: an illegal access ends all CUDA work in it, and must not end the search."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes = sizes
+        self.process: BaseProcess | None = None
+
+    def ask(self, launches: dict[str, Launch], kernel: str | None) -> Any:
+        context = get_context("spawn")
+        if self.process is None:
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(target=serve, args=(theirs, *self.sizes), daemon=True)
+            self.process.start()
+            theirs.close()
+        try:
+            self.connection.send((launches, kernel))
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            answer = "its process died"
+        if answer and isinstance(answer, str):
+            self.process.kill()
+            self.process = None
+        return answer
+
+
 def tune(H: int, K: int, V: int, T: int) -> None:
     """One kernel after the other, each with the best of those before it."""
-    best = dict(DEFAULTS)
-    run = mixer(H, K, V, T, "cuda")
+    best, child = dict(DEFAULTS), Child(H, K, V, T)
     for kernel, candidates in CANDIDATES.items():
         timed = []
-        for candidate in candidates:
-            launches = best | {kernel: candidate}
-            problem = passes(K, V, launches)
-            if problem:
-                print(f"{kernel:<14} {tuple(candidate)}  refused: {problem}", flush=True)
+        for candidate in [best[kernel], *candidates]:
+            times = child.ask(best | {kernel: candidate}, kernel)
+            if isinstance(times, str):
+                print(f"{kernel:<14} {tuple(candidate)}  refused: {times}", flush=True)
                 continue
-            with trial(**launches):
-                milliseconds = triton.testing.do_bench(run, warmup=20, rep=100, return_mode="median")
-            print(f"{kernel:<14} {tuple(candidate)}  {milliseconds:.3f} ms in all", flush=True)
-            timed.append((milliseconds, candidate))
-        if not timed:
+            timed.append((sum(times), candidate))
+            print(f"{kernel:<14} {tuple(candidate)}  us: {', '.join(f'{1e3 * ms:.1f}' for ms in times)}", flush=True)
+        for _, candidate in sorted(timed, key=lambda pair: pair[0]):
+            problem = child.ask(best | {kernel: candidate}, None)
+            if not problem:
+                best[kernel] = candidate
+                break
+            print(f"{kernel:<14} {tuple(candidate)}  refused: {problem}", flush=True)
+        else:
             raise SystemExit(f"no configuration of {kernel} passes: use the reference backend for K = {K}, V = {V}")
-        best[kernel] = min(timed)[1]
     major, minor = torch.cuda.get_device_capability()
     version = ".".join(triton.__version__.split(".")[:2])
     print(f'("sm_{major}{minor}", "{version}", {K}, {V}): {{')

@@ -7,6 +7,7 @@ real runs, as is everything that both share. Letters: see `job`; L = n over TP u
 from __future__ import annotations
 
 from megatron_hybrid.flops import CHUNK
+from megatron_hybrid.parallel.exchange_choice import scan_is_faster, scan_rounds
 from megatron_hybrid.planning.job import Job
 
 #: Tokens whose logits the loss holds in fp32 at a time (modules/cross_entropy.py).
@@ -118,9 +119,7 @@ def passes_by_scan(job: Job) -> bool:
     """`state_passing.choose_exchange`'s choice, unless --gdn-cp-comm-type says."""
     if job.gdn_exchange != "auto":
         return job.gdn_exchange == "scan"
-    late = 1e6  # its latency in bytes
-    rounds = (2 * job.cp - 1).bit_length() + 1
-    return late + (job.cp - 1) * 2 * pair_bytes(job) > rounds * (late + 2 * pair_bytes(job))
+    return scan_is_faster(job.cp, 2, pair_bytes(job))
 
 
 def passed_states(job: Job) -> float:
@@ -132,8 +131,8 @@ def passed_states(job: Job) -> float:
     state, transition = (pair * dim / (s.key_dim + s.value_dim) for dim in (s.value_dim, s.key_dim))
     if not passes_by_scan(job):
         return 2 * job.cp * pair + (2 * job.cp + 3) * state
-    rounds = (2 * job.cp - 1).bit_length()
-    return (rounds - 1) * (2 * pair + 4 * transition) + 2 * transition + 4 * state
+    rounds = scan_rounds(2 * job.cp)
+    return (rounds - 2) * (2 * pair + 4 * transition) + 2 * transition + 4 * state
 
 
 def _attention(job: Job) -> Kept:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 class Gpu:
     """memory_gib; bf16_tflops, fp8_tflops: dense; hbm, nvlink, network: GB/s of one GPU in one direction.
 
-    nvlink_gpus: GPUs that NVLink joins. fp8_recipes: of Transformer Engine that the hardware runs.
+    nvlink_gpus: GPUs that NVLink joins. capability: of CUDA.
     """
 
     name: str
@@ -26,19 +26,16 @@ class Gpu:
     nvlink_gb_s: float
     network_gb_s: float
     nvlink_gpus: int
-    fp8_recipes: tuple[str, ...]
+    capability: tuple[int, int]
 
-
-_HOPPER = ("delayed", "tensorwise", "blockwise")
-_BLACKWELL = ("delayed", "tensorwise", "mxfp8")
 
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("H100", 80, 989.4, 1978.9, 3350, 450, 50, 8, _HOPPER),
-        Gpu("H200", 141, 989.4, 1978.9, 4800, 450, 50, 8, _HOPPER),
-        Gpu("B200", 180, 2250, 4500, 7700, 900, 50, 8, _BLACKWELL),
-        Gpu("GB200", 186, 2500, 5000, 8000, 900, 50, 72, _BLACKWELL),
+        Gpu("H100", 80, 989.4, 1978.9, 3350, 450, 50, 8, (9, 0)),
+        Gpu("H200", 141, 989.4, 1978.9, 4800, 450, 50, 8, (9, 0)),
+        Gpu("B200", 180, 2250, 4500, 7700, 900, 50, 8, (10, 0)),
+        Gpu("GB200", 186, 2500, 5000, 8000, 900, 50, 72, (10, 0)),
     )
 }
 

@@ -12,13 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megatron_hybrid import flops
+from megatron_hybrid import flops, fp8
 from megatron_hybrid.flags import FlagError
 from megatron_hybrid.parallel import padded_sizes
 from megatron_hybrid.planning.hardware import Gpu
-
-#: Multiples that Transformer Engine asks of a GEMM's sizes, by FP8 recipe.
-FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 
 _COUNTS = (
     *(("tensor-model-parallel-size", 1), ("pipeline-model-parallel-size", 1), ("context-parallel-size", 1)),
@@ -56,7 +53,7 @@ class Job:
     grad_bytes: int = 4
     recompute: tuple[str, ...] = ()
     recompute_layers: int = 1
-    fp8: str = ""
+    fp8: str = ""  # the recipe
     fp8_param_gather: bool = False
     overlap: bool = False
     states_every: int = 0
@@ -114,8 +111,7 @@ class Job:
             gdn_exchange=v.gdn_cp_comm_type,
             local=v.transformer_impl == "local",
         )
-        if job.fp8:
-            check_fp8(job, v.fp8_format)
+        check_fp8(job)
         return job
 
     @cached_property
@@ -218,35 +214,38 @@ def check_microbatches(job: Job) -> None:
 
 def check_gpu(job: Job, gpu: Gpu) -> None:
     """Raises FlagError: what this GPU does not have."""
-    if job.fp8 and job.fp8 not in gpu.fp8_recipes:
+    legal = fp8.possible(gpu.capability)
+    if job.fp8 and job.fp8 not in legal:
+        nearest = [recipe for recipe in fp8.RECIPES if recipe in legal][-1]
         raise FlagError(
-            f"--fp8-recipe {job.fp8}: not on {gpu.name}; nearest legal: {gpu.fp8_recipes[-1]}; legal: "
-            f"{', '.join(gpu.fp8_recipes)}"
+            f"--fp8-recipe {job.fp8}: not on {gpu.name}; nearest legal: {nearest}; legal: {', '.join(legal)}"
         )
 
 
-def check_fp8(job: Job, fp8_format: str) -> None:
-    s, tp, multiple = job.held, job.tp, FP8_MULTIPLE.get(job.fp8)
-    if multiple is None:
-        raise FlagError(f"--fp8-recipe {job.fp8}: unknown here; legal: {', '.join(FP8_MULTIPLE)}")
-    if job.local:
-        raise FlagError(f"--fp8-format {fp8_format}: needs Transformer Engine; leave --transformer-impl local out")
-    shares = {"--hidden-size": (s.hidden, 1), "--ffn-hidden-size": (s.ffn, tp)}
-    if "*" in job.layers:
-        shares["--num-attention-heads times --kv-channels"] = (s.heads * s.head_dim, tp)
-    if "G" in job.layers:
-        shares["--linear-num-value-heads times --linear-value-head-dim"] = (s.gdn_value_heads * s.value_dim, tp)
-        keys_and_values = 2 * s.gdn_key_heads * s.key_dim + s.gdn_value_heads * s.value_dim
-        shares["Gated DeltaNet's q, k and v channels"] = (keys_and_values, tp)
-    rows = job.tp if job.sequence_parallel else 1
-    shares["--seq-length times --micro-batch-size over --context-parallel-size"] = (job.tokens, rows)
-    for name, (size, ranks) in shares.items():
-        if size % (ranks * multiple):
-            step = ranks * multiple
-            raise FlagError(
-                f"--fp8-format {fp8_format} with --fp8-recipe {job.fp8}: {name}, {size}, must be a multiple of "
-                f"{multiple} on each of {ranks} ranks; nearest legal: {max(1, round(size / step)) * step}"
-            )
+def check_fp8(job: Job) -> None:
+    """Raises fp8.Fp8Error: a width or a number of tokens on a rank that the recipe cannot take."""
+    s = job.sizes
+    settings = {
+        "fp8": job.fp8,
+        "fp8_recipe": job.fp8,
+        "hidden_size": s.hidden,
+        "ffn_hidden_size": s.ffn,
+        "num_attention_heads": s.heads,
+        "num_query_groups": s.kv_heads,
+        "kv_channels": s.head_dim,
+        "linear_num_key_heads": s.gdn_key_heads,
+        "linear_num_value_heads": s.gdn_value_heads,
+        "linear_key_head_dim": s.key_dim,
+        "linear_value_head_dim": s.value_dim,
+        "gdn_output_gate": s.output_gate,
+        "tensor_model_parallel_size": job.tp,
+        "context_parallel_size": job.cp,
+        "sequence_parallel": job.sequence_parallel,
+        "micro_batch_size": job.micro_batch,
+        "seq_length": job.sequence_tokens,
+    }
+    fp8.check_widths(settings)
+    fp8.check_tokens(settings)
 
 
 def _peek(flags: Sequence[str]) -> argparse.Namespace:

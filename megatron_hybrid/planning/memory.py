@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
+from functools import cache
 
 from megatron_hybrid.parallel.pipeline_schedule import passes
 from megatron_hybrid.planning import activations
@@ -67,9 +69,9 @@ def layer_parameters(job: Job, symbol: str) -> Parameters:
 def parameters(job: Job, rank: int) -> Parameters:
     """Of a pipeline rank, with all its virtual stages."""
     total = Parameters()
-    for segment in job.segments[rank :: job.pp]:
-        for symbol in segment:
-            total += layer_parameters(job, symbol)
+    for symbol, count in Counter("".join(job.segments[rank :: job.pp])).items():
+        one = layer_parameters(job, symbol)
+        total += Parameters(count * one.model_dtype, count * one.fp32, count * one.linears)
     vocabulary = job.held.vocabulary_rows // job.tp * job.sizes.hidden
     if rank == 0:
         total += Parameters(vocabulary)
@@ -95,29 +97,30 @@ def optimizer_bytes(job: Job, held: Parameters) -> float:
     return (held.model_dtype * (12 if job.half else 8) + held.fp32 * 8) / shards
 
 
-def in_flight(job: Job, rank: int) -> list[int]:
-    """For each virtual stage of a pipeline rank, microbatches whose activations it holds when it holds most."""
-    weights = [sum(_segment(job, rank + chunk * job.pp).values()) for chunk in range(job.chunks)]
-    if job.pp == 1:
-        return [1]
-    held, most = [0] * job.chunks, [0] * job.chunks
-    for backward, _, chunk in passes(rank, job.pp, job.chunks, min(job.microbatches, 3 * job.pp)):
+def in_flight(job: Job, rank: int, chunk_bytes: list[float]) -> tuple[int, ...]:
+    """For each virtual stage of a pipeline rank, microbatches whose activations it holds when it holds most bytes."""
+    if job.chunks == 1:
+        return (min(job.microbatches, job.pp - rank),)
+    moments = _held_together(rank, job.pp, job.chunks, min(job.microbatches, 3 * job.pp))
+    return max(moments, key=lambda held: sum(n * size for n, size in zip(held, chunk_bytes, strict=True)))
+
+
+@cache
+def _held_together(rank: int, ranks: int, chunks: int, microbatches: int) -> frozenset[tuple[int, ...]]:
+    """Microbatches in flight in each virtual stage, at every moment of Megatron's schedule."""
+    held, moments = [0] * chunks, set()
+    for backward, _, chunk in passes(rank, ranks, chunks, microbatches):
         held[chunk] += -1 if backward else 1
-        if sum(h * w for h, w in zip(held, weights, strict=True)) > sum(
-            h * w for h, w in zip(most, weights, strict=True)
-        ):
-            most = list(held)
-    return most
+        moments.add(tuple(held))
+    return frozenset(moments)
 
 
 def _segment(job: Job, index: int) -> activations.Kept:
     """What one pipeline segment keeps of one microbatch, logits apart."""
-    total: activations.Kept = {}
-    parts = [activations.kept(job, symbol) for symbol in job.segments[index]]
-    parts.append(activations.ends(job, index == 0, index == len(job.segments) - 1))
-    for part in parts:
-        for name, size in part.items():
-            total[name] = total.get(name, 0) + size
+    total = dict(activations.ends(job, index == 0, index == len(job.segments) - 1))
+    for symbol, count in Counter(job.segments[index]).items():
+        for name, size in activations.kept(job, symbol).items():
+            total[name] = total.get(name, 0) + count * size
     return total
 
 
@@ -125,8 +128,9 @@ def of_rank(job: Job, rank: int) -> Memory:
     """Of a GPU on this pipeline rank."""
     held = parameters(job, rank)
     kept, states = activations.buffers(job), 0.0
-    for chunk, count in enumerate(in_flight(job, rank)):
-        segment = _segment(job, rank + chunk * job.pp)
+    segments = [_segment(job, rank + chunk * job.pp) for chunk in range(job.chunks)]
+    counts = in_flight(job, rank, [sum(segment.values()) for segment in segments])
+    for count, segment in zip(counts, segments, strict=True):
         states += count * segment.pop("states", 0.0)
         kept += count * sum(segment.values())
     logits = activations.logits(job) if rank == job.pp - 1 else 0.0

@@ -8,13 +8,14 @@ from functools import cache
 
 from megatron_hybrid import flops
 from megatron_hybrid.flags import FlagError
+from megatron_hybrid.fp8 import Fp8Error
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.planning import memory
 from megatron_hybrid.planning.hardware import RESERVED_GIB, Gpu
-from megatron_hybrid.planning.job import FP8_MULTIPLE, Job, check_fp8
+from megatron_hybrid.planning.job import Job, check_fp8
 from megatron_hybrid.planning.timing import Measured, Prediction, predict
 
-SIZES = (1, 2, 4, 8, 16)
+TENSOR, CONTEXT, PIPELINE = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
 VIRTUAL = (1, 2, 4)
 MICRO_BATCHES = (1, 2, 4, 8)
 
@@ -54,7 +55,7 @@ def search(base: Job, gpus: int, gpu: Gpu, fp8: Sequence[str], measured: Measure
     for split in _splits(base, gpus, gpu):
         for recipe in fp8:
             job = replace(split, fp8=recipe)
-            if recipe and not _fits_fp8(job):
+            if not _fits_fp8(job):
                 continue
             for recompute in RECOMPUTE:
                 tried = replace(job, recompute=recompute, recompute_layers=1)
@@ -69,12 +70,12 @@ def search(base: Job, gpus: int, gpu: Gpu, fp8: Sequence[str], measured: Measure
 
 def _splits(base: Job, gpus: int, gpu: Gpu) -> Iterator[Job]:
     s, length = base.sizes, base.sequence_tokens
-    most_tp = min(s.heads, s.kv_heads, s.gdn_key_heads or s.heads, gpu.nvlink_gpus, 8)
-    for tp in (n for n in SIZES if n <= most_tp):
-        for cp in (1, 2, 4, 8, 16, 32):
+    most_tp = min(s.heads, s.kv_heads, s.gdn_key_heads or s.heads, gpu.nvlink_gpus)
+    for tp in (n for n in TENSOR if n <= most_tp):
+        for cp in CONTEXT:
             if length % (2 * cp if cp > 1 else 1) or length % (tp * cp) or length // cp < 1024:
                 continue
-            for pp in (n for n in SIZES if gpus % (tp * cp * n) == 0 and n <= len(base.layers)):
+            for pp in (n for n in PIPELINE if gpus % (tp * cp * n) == 0 and n <= len(base.layers)):
                 dp = gpus // (tp * cp * pp)
                 for chunks in VIRTUAL if pp > 1 else (1,):
                     for micro in MICRO_BATCHES:
@@ -101,10 +102,10 @@ def _segments(sizes: flops.Sizes, layers: str, tokens: int, pp: int, chunks: int
 
 def _fits_fp8(job: Job) -> bool:
     try:
-        check_fp8(job, "hybrid")
-    except FlagError:
+        check_fp8(job)
+    except Fp8Error:
         return False
-    return job.fp8 in FP8_MULTIPLE
+    return True
 
 
 def flags(job: Job) -> str:
@@ -123,6 +124,8 @@ def flags(job: Job) -> str:
     elif job.recompute:
         words.append(f"--recompute-granularity selective --recompute-modules {' '.join(job.recompute)}")
     if job.fp8:
-        words.append(f"--fp8-format hybrid --fp8-recipe {job.fp8}")
-    words.append("--overlap-grad-reduce --overlap-param-gather")
+        words.append(f"--fp8-format {'e4m3' if job.fp8 == 'mxfp8' else 'hybrid'} --fp8-recipe {job.fp8}")
+    words.append("--overlap-grad-reduce")
+    if job.fp8 != "mxfp8":  # refused with it (megatron_hybrid/fp8.py)
+        words.append("--overlap-param-gather")
     return " ".join(words)

@@ -4,10 +4,12 @@ measured kernel, or from a table of measured times. No whole step was measured a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_hybrid import flops
+from megatron_hybrid.parallel.exchange_choice import LATENCY_S
 from megatron_hybrid.parallel.pipeline_schedule import play
 from megatron_hybrid.planning import activations, memory, traffic
 from megatron_hybrid.planning.hardware import Gpu
@@ -21,9 +23,6 @@ GEMM_BF16, GEMM_FP8, ATTENTION, BANDWIDTH, COLLECTIVE = 0.61, 0.45, 0.5, 0.8, 0.
 #: H200 (docs/kernels.md). Other sizes by tokens and state, other GPUs by memory bandwidth: neither was measured.
 MIXER_S, MIXER_FORWARD_S = 3.371e-3, 1.059e-3
 _MIXER_WORK, _MIXER_HBM = 8192 * 30 * 96 * 192, 4800
-
-#: Seconds that a collective takes before its first byte. An order of magnitude.
-LATENCY_S = 20e-6
 
 #: {"G", "*", "*window", "embedding", "output"}: measured ms of one sequence on one GPU, forward and backward.
 Measured = Mapping[str, float]
@@ -67,7 +66,7 @@ def _pipeline(job: Job, segment_s: list[float]) -> tuple[float, float]:
         return mean, 0.0
     forward = [seconds / (1 + flops.BACKWARD) for seconds in segment_s]
     # Once the pipeline is full every microbatch takes the slowest rank's time: play the start, add the rest.
-    played = min(job.microbatches, 3 * job.pp)
+    played = min(job.microbatches, 2 * job.pp)
     time = play(forward, job.pp, played, flops.BACKWARD, job.chunks).time
     slowest = max(sum(segment_s[rank :: job.pp]) for rank in range(job.pp))
     time += (job.microbatches - played) * slowest
@@ -76,23 +75,25 @@ def _pipeline(job: Job, segment_s: list[float]) -> tuple[float, float]:
 
 def _segment_s(job: Job, gpu: Gpu, index: int, measured: Measured | None) -> dict[str, float]:
     """Seconds of one microbatch through a segment, forward and backward, and what is not hidden of its messages."""
-    segment, before = job.segments[index], sum(len(s) for s in job.segments[:index])
+    before = sum(len(segment) for segment in job.segments[:index])
     first, last = index == 0, index == len(job.segments) - 1
-    found = {"compute": 0.0, "tensor": 0.0, "context": 0.0}
-    for number, symbol in enumerate(segment, start=before + 1):
-        found["compute"] += _layer_s(job, gpu, symbol, number, measured)
-        found["tensor"] += _sent_s(traffic.tensor_layer(job, symbol), 10, gpu, job.tp, 1)
-        found["context"] += _sent_s(traffic.context_layer(job, symbol), 4, gpu, job.cp, job.tp)
-    found["compute"] += _ends_s(job, gpu, first, last, measured)
-    found["tensor"] += _sent_s(traffic.tensor_ends(job, first, last), 4, gpu, job.tp, 1)
+    found = {"compute": _ends_s(job, gpu, first, last, measured), "context": 0.0}
+    found["tensor"] = _sent_s(traffic.tensor_ends(job, first, last), 4, gpu, job.tp, 1)
+    layers = Counter(
+        (symbol, symbol == "*" and job.sizes.windowed(number))
+        for number, symbol in enumerate(job.segments[index], start=before + 1)
+    )
+    for (symbol, windowed), count in layers.items():
+        found["compute"] += count * _layer_s(job, gpu, symbol, windowed, measured)
+        found["tensor"] += count * _sent_s(traffic.tensor_layer(job, symbol), 10, gpu, job.tp, 1)
+        found["context"] += count * _sent_s(traffic.context_layer(job, symbol), 4, gpu, job.cp, job.tp)
     hops = (not first) + (not last) if job.pp > 1 else 0
     found["pipeline"] = hops * (LATENCY_S + activations.stream(job) / (gpu.network_gb_s * 1e9 * COLLECTIVE))
     return found
 
 
-def _layer_s(job: Job, gpu: Gpu, symbol: str, number: int, measured: Measured | None) -> float:
+def _layer_s(job: Job, gpu: Gpu, symbol: str, windowed: bool, measured: Measured | None) -> float:
     s = job.held
-    windowed = symbol == "*" and job.sizes.windowed(number)
     if measured:
         share = job.tokens / job.sequence_tokens / job.tp * s.heads / job.sizes.heads
         forward_and_backward = measured["*window" if windowed else symbol] / 1e3 * share
@@ -163,4 +164,5 @@ def _data_s(job: Job, gpu: Gpu, rank: int, microbatch_s: float) -> float:
     )
     if not job.overlap:
         return gradients + parameters
-    return max(0.0, gradients - microbatch_s * 2 / 3) + max(0.0, parameters - microbatch_s / 3)
+    hidden = 0.0 if job.fp8 == "mxfp8" else microbatch_s / 3  # its parameters cannot be gathered meanwhile
+    return max(0.0, gradients - microbatch_s * 2 / 3) + max(0.0, parameters - hidden)

@@ -5,6 +5,7 @@ A ring's bytes: all-gather and reduce-scatter (W−1)/W of the whole tensor, all
 
 from __future__ import annotations
 
+from megatron_hybrid.parallel.exchange_choice import scan_rounds
 from megatron_hybrid.planning import activations, memory
 from megatron_hybrid.planning.job import Job
 
@@ -92,5 +93,4 @@ def context_layer(job: Job, symbol: str) -> float:
     pair = activations.pair_bytes(job)
     if not activations.passes_by_scan(job):
         return 2 * (others * 2 * pair + halo)
-    rounds = (2 * job.cp - 1).bit_length()
-    return 2 * ((rounds + 1) * 2 * pair + halo)  # at most: ranks at the ends of the chain receive less
+    return 2 * (scan_rounds(2 * job.cp) * 2 * pair + halo)  # at most: ranks at the ends of the chain receive less

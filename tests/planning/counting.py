@@ -17,7 +17,7 @@ class Watch(TorchDispatchMode):
     def __init__(self, before: list[torch.Tensor]) -> None:
         super().__init__()
         self.before = {tensor.untyped_storage()._cdata for tensor in before}
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.seen: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = call(*args, **(kwargs or {}))
@@ -26,13 +26,14 @@ class Watch(TorchDispatchMode):
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self.before:
                     reference = StorageWeakRef(storage)
-                    self.seen[reference.cdata] = (reference, storage.nbytes())
+                    self.seen[reference.cdata] = reference
         return out
 
     def alive_bytes(self) -> int:
         """Of all that is still held by anything; Triton's interpreter leaves cycles, which are collected first."""
         gc.collect()
-        return sum(size for reference, size in self.seen.values() if not reference.expired())
+        held = (torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for reference in self.seen.values())
+        return sum(storage.nbytes() for storage in held if storage is not None)  # as large as it is now
 
 
 def storage_bytes(tensors: list[torch.Tensor]) -> int:

@@ -1,0 +1,272 @@
+"""FP8 against the plugin's own bf16: the same seeded run on real text, side by side on one GPU.
+
+    python -m megatron_hybrid.tools.fp8_acceptance --data-path PREFIX --tokenizer-model FILE --output FOLDER
+
+Each variant is a `megatron_hybrid.pretrain` of its own, all started together: final losses are compared with bf16's
+(at most 0.5 % away, no step skipped), and each run is resumed from its checkpoint a few steps before the end, whose
+losses must be the same bits. Then one process loads the bf16 run's checkpoint under every variant and compares the
+gradients of one batch, layer by layer. FOLDER gets acceptance.json, acceptance.md and a log per run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.gpu_bench.cases import FP8, LEAN, words
+
+#: Four layers of the width of the 1B model, with the 7B's head sizes.
+MODEL = words(
+    "--preset olmo-hybrid-7b --num-layers 4 --hybrid-layer-pattern GGG* --hidden-size 2048 --ffn-hidden-size 8192 "
+    "--num-attention-heads 16 --linear-num-key-heads 16 --linear-num-value-heads 16 --seq-length 1024 "
+    "--max-position-embeddings 1024 --micro-batch-size 4 --global-batch-size 4"
+)
+TINY = words(
+    "--preset olmo-hybrid-tiny --num-layers 4 --hybrid-layer-pattern GGG* --seq-length 64 --micro-batch-size 2 "
+    "--global-batch-size 2 --bf16 --use-distributed-optimizer"
+)
+RUN = words(
+    "--lr 1e-3 --min-lr 1e-4 --split 98,2,0 --eval-iters 0 --eval-interval 100000 --log-interval 1 --no-log-health"
+)
+
+#: What is compared; the first is the yardstick. FP8 parameters go with moments and gradients in bf16.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "bf16": (),
+    **FP8,
+    "tensorwise, FP8 parameters": (*FP8["tensorwise"], "--fp8-param-gather", *LEAN),
+}
+#: For the gradients alone.
+EDGES = words("--first-last-layers-bf16 --num-layers-at-start-in-bf16 1 --num-layers-at-end-in-bf16 1")
+#: To try the tool itself where there is no FP8.
+TINY_VARIANTS: dict[str, tuple[str, ...]] = {"bf16": (), "no z-loss": ("--z-loss", "0")}
+
+LARGEST_LOSS_DIFFERENCE = 0.005
+LINE = re.compile(r"iteration\s+(\d+)/.*?lm loss: ([0-9.E+-]+|nan|inf)")
+SKIPPED = re.compile(r"skipped steps: ([0-9.E+-]+)")
+
+
+def folder_name(variant: str) -> str:
+    return re.sub(r"\W+", "_", variant)
+
+
+def launch(args: argparse.Namespace, variant: str, more: list[str], log: Path) -> subprocess.Popen[bytes]:
+    flags = [*(TINY if args.tiny else MODEL), *RUN]
+    flags += ["--data-path", str(args.data_path), "--data-cache-path", str(log.parent / "cache")]
+    flags += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(args.tokenizer_model)]
+    flags += ["--train-iters", str(args.steps), "--lr-warmup-iters", str(args.steps // 10)]
+    chosen = (TINY_VARIANTS if args.tiny else VARIANTS)[variant]
+    command = [sys.executable, "-m", "megatron_hybrid.pretrain", *flags, *chosen, *more]
+    with log.open("w") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, env=environment())
+
+
+def environment() -> dict[str, str]:
+    """Attention kernels that give the same bits twice, so that a resumed run can be compared bit by bit."""
+    return {**os.environ, "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+
+
+def wait(running: dict[str, subprocess.Popen[bytes]], deadline: float, what: str) -> dict[str, str]:
+    """{variant: error} of those that did not end well by the deadline."""
+    failed = {}
+    for variant, process in running.items():
+        try:
+            status = process.wait(max(1.0, deadline - time.monotonic()))
+            if status:
+                failed[variant] = f"{what} ended with status {status}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            failed[variant] = f"{what} was ended: out of time"
+        print(f"{what} {variant}: {failed.get(variant, 'done')}", flush=True)
+    return failed
+
+
+def read_log(log: Path) -> dict[str, Any]:
+    """{losses: {step: loss as printed}, skipped: steps} of a console log."""
+    losses, skipped = {}, 0.0
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+        if found := LINE.search(line):
+            losses[int(found[1])] = float(found[2])
+            skipped += float(other[1]) if (other := SKIPPED.search(line)) else 0.0
+    return {"losses": losses, "skipped": skipped}
+
+
+def exact_losses(tensorboard: Path) -> dict[int, float]:
+    """{step: loss} in full fp32, which the console rounds."""
+    from megatron_hybrid.tools.plot_run import LOSS, read_series
+
+    series = read_series(tensorboard)[LOSS]
+    return dict(zip(series.steps, series.values, strict=True))
+
+
+def why(log: Path) -> str:
+    """The last line of a log that names a fault."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if re.search(r"[Ee]rror", line)]
+    return lines[-1][:300] if lines else "see its log"
+
+
+def train(args: argparse.Namespace, variants: list[str], deadline: float) -> dict[str, dict[str, Any]]:
+    """The runs, then their resumptions; {variant: what was measured}."""
+    saved = args.steps - args.resumed_steps
+    rows: dict[str, dict[str, Any]] = {variant: {"errors": []} for variant in variants}
+    running = {}
+    for variant in variants:
+        folder = args.output / folder_name(variant)
+        save = ["--save", str(args.checkpoints / folder_name(variant)), "--save-interval", str(saved)]
+        board = ["--tensorboard-dir", str(folder / "straight"), "--tensorboard-log-interval", "1"]
+        folder.mkdir(parents=True)
+        running[variant] = launch(args, variant, [*save, *board], folder / "straight.log")
+    failed = wait(running, deadline, "run")
+    resumable = [variant for variant in variants if variant not in failed] if args.resumed_steps else []
+    for variant, error in failed.items():
+        rows[variant]["errors"].append(f"{error}: {why(args.output / folder_name(variant) / 'straight.log')}")
+    for variant in variants:
+        _losses(rows[variant], args.output / folder_name(variant), args.steps)
+    write(args, rows)
+    running = {}
+    for variant in resumable:
+        folder = args.output / folder_name(variant)
+        load = ["--load", str(args.checkpoints / folder_name(variant)), "--ckpt-step", str(saved)]
+        board = ["--tensorboard-dir", str(folder / "resumed"), "--tensorboard-log-interval", "1"]
+        running[variant] = launch(args, variant, [*load, *board], folder / "resumed.log")
+    for variant, error in wait(running, deadline, "resumption").items():
+        rows[variant]["errors"].append(f"{error}: {why(args.output / folder_name(variant) / 'resumed.log')}")
+    for variant in resumable:
+        _resumed(rows[variant], args.output / folder_name(variant))
+    return rows
+
+
+def _losses(row: dict[str, Any], folder: Path, steps: int) -> None:
+    found = read_log(folder / "straight.log")
+    losses = found["losses"]
+    row |= {"losses": losses, "skipped": found["skipped"], "steps": max(losses, default=0)}
+    if row["steps"] == steps:
+        last = [losses[step] for step in sorted(losses)[-20:]]
+        row |= {"final": losses[steps], "final_20": statistics.fmean(last)}
+
+
+def _resumed(row: dict[str, Any], folder: Path) -> None:
+    try:
+        straight, resumed = (exact_losses(folder / name) for name in ("straight", "resumed"))
+    except (ToolError, OSError, ImportError, KeyError) as error:
+        row["errors"].append(f"no losses of the resumption: {error}")
+        return
+    pairs = {step: (straight[step], resumed[step]) for step in resumed if step in straight}
+    row["resumed_steps"] = len(pairs)
+    row["resumed_equal"] = sum(a == b for a, b in pairs.values())
+    row["resumed_largest_difference"] = max((abs(a - b) for a, b in pairs.values()), default=float("nan"))
+
+
+def gradients(args: argparse.Namespace, variants: list[str], deadline: float) -> dict[str, Any]:
+    """What tools.gpu_bench.gradients finds, in a process of its own."""
+    output = args.output / "gradients.json"
+    flags = [*(TINY if args.tiny else MODEL)[2:], *RUN, "--train-iters", str(args.steps), "--lr-warmup-iters", "1"]
+    flags += ["--load", str(args.checkpoints / folder_name(variants[0])), "--ckpt-step", str(args.steps)]
+    known = TINY_VARIANTS if args.tiny else VARIANTS
+    compared = {name: list(known[name]) for name in variants}
+    if not args.tiny:
+        compared["tensorwise, first and last layer bf16"] = [*FP8["tensorwise"], *EDGES]
+    question = {
+        "preset": (TINY if args.tiny else MODEL)[1],
+        "flags": flags,
+        "tokenizer": ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(args.tokenizer_model)],
+        "tokens": f"{args.data_path}.bin",
+        "variants": compared,
+    }
+    (args.output / "gradients_question.json").write_text(json.dumps(question))
+    command = [sys.executable, "-m", "megatron_hybrid.tools.gpu_bench.gradients"]
+    command += [str(args.output / "gradients_question.json"), str(output)]
+    with (args.output / "gradients.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())
+        failed = wait({"of one batch": process}, deadline, "gradients")
+    found = json.loads(output.read_text()) if output.exists() else {}
+    if failed:
+        found["error"] = f"{failed['of one batch']}: {why(args.output / 'gradients.log')}"
+    return found
+
+
+def verdict(row: dict[str, Any], yardstick: dict[str, Any]) -> str:
+    """'passed', or what is wrong."""
+    if "final_20" not in row or "final_20" not in yardstick:
+        return "; ".join(row["errors"]) or "not finished"
+    wrong = list(row["errors"])
+    if abs(row["final_20"] / yardstick["final_20"] - 1) > LARGEST_LOSS_DIFFERENCE:
+        wrong.append("final loss")
+    if row["skipped"]:
+        wrong.append(f"{row['skipped']:.0f} skipped steps")
+    if row.get("resumed_equal") != row.get("resumed_steps"):
+        wrong.append("resumption differs")
+    return "; ".join(wrong) or "passed"
+
+
+def write(args: argparse.Namespace, rows: dict[str, dict[str, Any]], cosines: dict[str, Any] | None = None) -> None:
+    yardstick = next(iter(rows.values()))
+    lines = [
+        f"{args.steps} steps, losses of the last step and mean of the last 20; resumed: equal bits of how many steps",
+        "",
+        "| | loss | last 20 | of bf16's | skipped | resumed | largest difference | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for variant, row in rows.items():
+        row["verdict"] = verdict(row, yardstick)
+        if "final" not in row:
+            lines.append(f"| {variant} | | | | | | | {row['verdict']} |")
+            continue
+        share = row["final_20"] / yardstick["final_20"] if "final_20" in yardstick else float("nan")
+        resumed = f"{row['resumed_equal']} of {row['resumed_steps']}" if "resumed_equal" in row else ""
+        largest = f"{row['resumed_largest_difference']:.2e}" if "resumed_equal" in row else ""
+        lines.append(
+            f"| {variant} | {row['final']:.5f} | {row['final_20']:.5f} | {share:.5f} | {row['skipped']:.0f} | "
+            f"{resumed} | {largest} | {row['verdict']} |"
+        )
+    if cosines:
+        lines += ["", *cosines.get("table", []), *([cosines["error"]] if "error" in cosines else [])]
+    (args.output / "acceptance.md").write_text("\n".join(lines) + "\n")
+    (args.output / "acceptance.json").write_text(json.dumps({"rows": rows, "gradients": cosines}, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", type=Path, required=True, help="prefix of .bin/.idx (uint16 ids)")
+    parser.add_argument("--tokenizer-model", type=Path, required=True, help="the SentencePiece model of these ids")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results; must be new")
+    parser.add_argument("--checkpoints", type=Path, help="folder for checkpoints, 10 GB a run (default: in --output)")
+    parser.add_argument("--variant", action="append", default=[], help="besides bf16, only this one (repeatable)")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--resumed-steps", type=int, default=20, help="before the end, to be run again; 0 for none")
+    parser.add_argument("--budget-s", type=float, default=400, help="end what runs after so many seconds")
+    parser.add_argument("--tiny", action="store_true", help="small sizes without FP8, to try this tool itself")
+    args = parser.parse_args()
+    args.checkpoints = args.checkpoints or args.output / "checkpoints"
+    known = list(TINY_VARIANTS if args.tiny else VARIANTS)
+    if unknown := [name for name in args.variant if name not in known]:
+        raise ToolError(f"--variant {unknown[0]!r}: unknown; legal: {', '.join(map(repr, known))}")
+    if not 0 <= args.resumed_steps < args.steps // 2:
+        raise ToolError(
+            f"--resumed-steps {args.resumed_steps}: must be 0 or more and below half of --steps {args.steps}"
+        )
+    if args.output.exists():
+        raise ToolError(f"--output {args.output}: exists; name a new folder")
+    variants = [known[0], *(name for name in known[1:] if not args.variant or name in args.variant)]
+    args.output.mkdir(parents=True)
+    deadline = time.monotonic() + args.budget_s
+    rows = train(args, variants, deadline)
+    write(args, rows)
+    cosines = gradients(args, variants, deadline) if "final" in rows[variants[0]] else None
+    write(args, rows, cosines)
+    print((args.output / "acceptance.md").read_text())
+    if any(row["verdict"] != "passed" for row in rows.values()):
+        raise ToolError(f"not passed; see {args.output}/acceptance.md")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,111 @@
+"""What the plugin is measured against: Megatron-Core's GDN layer on flash-linear-attention, and Hugging Face's model.
+
+flash-linear-attention 0.6.0 refuses its gated backward on Hopper with triton 3.4 to 3.7.0, where some of its gradients
+are wrong (its issue #640). `allow_fla_backward` switches that check off in this process: its times are valid then, the
+gradients of its gates are not.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron_hybrid.tools.gpu_bench.harness import batches, free, synchronize
+
+
+def allow_fla_backward() -> None:
+    import fla.ops.common.chunk_o as chunk_o
+
+    chunk_o.TRITON_ABOVE_3_7_1 = True
+
+
+def _megatron_gdn_spec() -> Any:
+    from megatron.core.extensions.transformer_engine import (
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
+
+    spec = build_stack_spec(implementation="transformer_engine")
+    mixer = ModuleSpec(
+        module=GatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=TELayerNormColumnParallelLinear, out_norm=TENorm, out_proj=TERowParallelLinear
+        ),
+    )
+    layer = spec.submodules.gdn_layer
+    inside = replace(layer.submodules, self_attention=mixer, input_layernorm=IdentityOp)
+    spec.submodules.gdn_layer = replace(layer, submodules=inside)
+    return spec
+
+
+def __getattr__(name: str) -> Any:
+    """`--spec megatron_hybrid.tools.gpu_bench.peer megatron_gdn_stack_spec`: built when asked for, it needs a GPU."""
+    if name == "megatron_gdn_stack_spec":
+        allow_fla_backward()
+        return _megatron_gdn_spec()
+    raise AttributeError(name)
+
+
+class HuggingFace:
+    """transformers' OlmoHybridForCausalLM of the same sizes in bf16: forward and backward, no optimizer."""
+
+    def __init__(self, args: Any, tokens: torch.Tensor) -> None:
+        from transformers import OlmoHybridConfig, OlmoHybridForCausalLM
+
+        if torch.cuda.is_available():
+            allow_fla_backward()
+        kinds = {"G": "linear_attention", "*": "full_attention"}
+        pattern = args.hybrid_layer_pattern
+        config = OlmoHybridConfig(
+            vocab_size=args.padded_vocab_size,
+            hidden_size=args.hidden_size,
+            intermediate_size=args.ffn_hidden_size,
+            num_hidden_layers=len(pattern),
+            num_attention_heads=args.num_attention_heads,
+            num_key_value_heads=args.num_attention_heads,
+            max_position_embeddings=args.max_position_embeddings,
+            layer_types=[kinds[symbol] for symbol in pattern],
+            linear_num_key_heads=args.linear_num_key_heads,
+            linear_num_value_heads=args.linear_num_value_heads,
+            linear_key_head_dim=args.linear_key_head_dim,
+            linear_value_head_dim=args.linear_value_head_dim,
+            linear_conv_kernel_dim=args.linear_conv_kernel_dim,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        config._attn_implementation = "sdpa"
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with self.device:
+            self.model = OlmoHybridForCausalLM(config).to(torch.bfloat16)
+        self.model.config.use_cache = False
+        self.rows = args.micro_batch_size
+        self.microbatches = args.global_batch_size // args.micro_batch_size
+        self.data = batches(tokens, args.seq_length, args.micro_batch_size)
+
+    def step(self) -> dict[str, float]:
+        """As `Trained.step`, without an optimizer."""
+        synchronize()
+        began = time.perf_counter()
+        self.model.zero_grad()
+        loss = torch.zeros(())
+        for _ in range(self.microbatches):
+            tokens = next(self.data)["tokens"].to(self.device)
+            loss = self.model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+        synchronize()
+        ms = (time.perf_counter() - began) * 1e3
+        return {"loss": float(loss), "norm": float("nan"), "ms": ms, "backward_ms": ms}
+
+    def close(self) -> None:
+        self.__dict__.clear()
+        free()
