@@ -99,7 +99,9 @@ def running(folder: Path) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.output("scancel", "--user=root")
-        time.sleep(1)
+        deadline = time.monotonic() + 15  # KillWait, and then some: a daemon does not end before its jobs
+        while cluster.output("squeue", "-h").strip() and time.monotonic() < deadline:
+            time.sleep(0.3)
         for path in (folder / name for name in ("ctld.pid", *(f"d-{node}.pid" for node in NODES), "munge.pid")):
             if path.exists():
                 os.kill(int(path.read_text()), signal.SIGTERM)
