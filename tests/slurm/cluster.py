@@ -42,7 +42,7 @@ KillWait=5
 MinJobAge=3600
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 """
-_NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 State=UNKNOWN\n"
+_NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 State=UNKNOWN\n"
 
 
 class Cluster:
