@@ -13,6 +13,7 @@ The same command run again after a crash does only what is not recorded, and end
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -47,6 +48,16 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds from 0 on")
+    return value
 
 
 def _max_rejected(text: str) -> float:
@@ -139,7 +150,7 @@ def settings_of(args: argparse.Namespace) -> "Settings":
     """The settings of workers that the flags choose."""
     from megatron_hybrid.tools.corpus.worker import Settings
 
-    return Settings(args.on_error, args.backend)
+    return Settings(args.on_error, args.backend, args.stall_seconds)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -307,6 +318,10 @@ def _add_work_flags(result: argparse.ArgumentParser) -> None:
     result.add_argument(
         "--backend", choices=("auto", "reference", "fastokens", "gigatoken"), default="auto",
         help="encoder; fast ones are compared with the reference all along (default: auto, fastokens where it can)",
+    )  # fmt: skip
+    result.add_argument(
+        "--stall-seconds", type=_seconds, default=600.0, metavar="S",
+        help="a worker that reports nothing for so long is ended and its shard redone (default: 600; 0: never)",
     )  # fmt: skip
 
 

@@ -95,9 +95,10 @@ def test_frame_inside_a_frame_is_an_error_and_no_lost_line(tmp_path: Path, token
     noise, more = random.Random(0).randbytes(30_000), random.Random(1).randbytes(29_500)  # stored as they are
     frame = COMPRESS[kind](b'{"text": "inner"}\n').removeprefix(SKIPPABLE)
     path = tmp_path / f"in.jsonl.{kind}"
-    path.write_bytes(COMPRESS[kind](noise + frame + more))
-    with pytest.raises(ToolError, match=r"no frame starts at byte \d+, where the plan cut it"):
-        preprocess(tokenizer_json, path, tmp_path / "data", "--on-error", "skip", "--shard-bytes", "31K")
+    for number, tail in enumerate((b"", COMPRESS[kind](b"another line\n"))):
+        path.write_bytes(COMPRESS[kind](noise + frame + more) + tail)
+        with pytest.raises(ToolError, match=r"no frame starts at byte \d+, where the plan cut it"):
+            preprocess(tokenizer_json, path, tmp_path / f"{number}", "--on-error", "skip", "--shard-bytes", "31K")
 
 
 def test_bytes_that_only_look_like_a_frame_are_no_cut(tmp_path: Path) -> None:

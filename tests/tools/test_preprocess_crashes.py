@@ -107,29 +107,44 @@ def test_killed_worker_is_replaced(tmp_path: Path, tokenizer_json: Path) -> None
     assert "a worker died (status -9) at shard" in errors and "another takes over" in errors
 
 
-def test_shard_that_kills_its_workers_ends_the_run(tmp_path: Path, tokenizer_json: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus")
-    (tmp_path / "sitecustomize.py").write_text(  # every worker dies at the second shard it reads
-        "import os, sys\n"
+def run_with_fault(tmp_path: Path, tokenizer: Path, fault: str, workers: int) -> subprocess.CompletedProcess[str]:
+    """A run whose workers do `fault` at shard 1, under a watchdog of a few seconds."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
         "import megatron_hybrid.tools.corpus.shard as shard\n"
         "old = shard.ShardWork.run\n"
         "def run(work):\n"
         "    if work.shard.index == 1:\n"
-        "        os.kill(os.getpid(), 9)\n"
+        f"        {fault}\n"
         "    return old(work)\n"
         "shard.ShardWork.run = run\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    result = subprocess.run(
-        command(corpus, tokenizer_json, ["--output-prefix", str(tmp_path / "data")], 2),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        timeout=120,
-    )
+    words = command(write_corpus(tmp_path / "corpus"), tokenizer, ["--output-prefix", str(tmp_path / "data")], workers)
+    words += ["--stall-seconds", "8"]
+    return subprocess.run(words, capture_output=True, text=True, env=environment, check=False, timeout=300)
+
+
+def test_shard_that_kills_its_workers_ends_the_run(tmp_path: Path, tokenizer_json: Path) -> None:
+    result = run_with_fault(tmp_path, tokenizer_json, "os.kill(os.getpid(), 9)", 2)
     assert result.returncode == 1
     assert "shard 1 (" in result.stderr and "2 workers died at it, the last with status -9" in result.stderr
+
+
+def test_worker_that_hangs_or_ends_silently_is_replaced(tmp_path: Path, tokenizer_json: Path) -> None:
+    """The first worker at shard 1 ends as if all was well; the next one hangs for ever, its heart beating."""
+    mark = str(tmp_path / "mark")
+    fault = f"time.sleep(1000) if os.path.exists({mark!r}) else (open({mark!r}, 'w').close(), os._exit(0))"
+    result = run_with_fault(tmp_path, tokenizer_json, fault, 2)
+    assert result.returncode == 1
+    assert "a worker died (status 0) at shard 1; another takes over" in result.stderr
+    assert "2 workers died at it, the last with 8 s without a sign of life" in result.stderr
+
+
+def test_a_worker_alone_that_hangs_ends_the_run(tmp_path: Path, tokenizer_json: Path) -> None:
+    result = run_with_fault(tmp_path, tokenizer_json, "time.sleep(1000)", 1)
+    assert result.returncode == 1
+    assert "Timeout (0:00:08)" in result.stderr and "sitecustomize.py" in result.stderr
 
 
 def test_two_runs_in_one_folder_refuse_each_other(tmp_path: Path, tokenizer_json: Path) -> None:

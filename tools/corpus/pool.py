@@ -1,5 +1,6 @@
 """Runs workers on this machine until a plan is done, shows how far they are, and replaces those that die."""
 
+import faulthandler
 import json
 import os
 import queue
@@ -186,11 +187,12 @@ def _remove_leftovers(folder: Path, leases: Leases) -> None:
 
 
 def _alone(folder: Path, settings: Settings, progress: ProgressLine, drain: Drain) -> list[str]:
-    """One worker, in this process."""
+    """One worker, in this process; should it report nothing for too long, the process ends and shows where it was."""
     faults: list[str] = []
     worker: Worker | None = None
 
     def report(event: dict[str, Any]) -> None:
+        _expect_more(settings.stall_seconds)
         progress.take(event)
         progress.show()
         if drain.asked and worker is not None:
@@ -200,9 +202,22 @@ def _alone(folder: Path, settings: Settings, progress: ProgressLine, drain: Drai
             if event["stop"] and worker is not None:
                 worker.draining = True
 
-    worker = Worker(folder, settings, report)
-    worker.run()
+    _expect_more(settings.stall_seconds)
+    try:
+        worker = Worker(folder, settings, report)
+        worker.run()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return faults
+
+
+def _expect_more(seconds: float) -> None:
+    """Ends this process, with a traceback and status 1, unless called again within `seconds` (0: never).
+
+    Its timer needs no Python lock: it works also where native code hangs that holds it.
+    """
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
 
 class _Process:
@@ -225,6 +240,8 @@ class _Process:
         ]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.shard: int | None = None
+        self.heard = time.monotonic()
+        self.silent = False
         threading.Thread(target=self._listen, args=(events,), daemon=True).start()
 
     def _listen(self, events: "queue.Queue[tuple[_Process, dict[str, Any]]]") -> None:
@@ -241,7 +258,7 @@ class _Process:
 def _pool(
     folder: Path, settings: Settings, workers: int, progress: ProgressLine, plan: Plan, drain: Drain
 ) -> list[str]:
-    """`workers` processes; a dead one is replaced, a shard that kills two ends the run."""
+    """`workers` processes; a dead or silent one is replaced, a shard that kills two ends the run."""
     events: queue.Queue[tuple[_Process, dict[str, Any]]] = queue.Queue()
     alive = {_Process(folder, settings, events) for _ in range(workers)}
     faults: list[str] = []
@@ -253,11 +270,13 @@ def _pool(
                 told = True
                 for process in alive:
                     process.process.send_signal(signal.SIGUSR1)
+            _kill_silent(alive, settings.stall_seconds)
             try:
                 process, event = events.get(timeout=SCREEN_SECONDS)
             except queue.Empty:
                 progress.show()
                 continue
+            process.heard = time.monotonic()
             progress.take(event)
             progress.show()
             if event["event"] == "start":
@@ -271,15 +290,21 @@ def _pool(
                     return faults
             elif event["event"] == "gone":
                 alive.discard(process)
-                if event["status"] == 0 or told:  # the signal may have come before the worker could take it
+                if told and not process.silent:  # the signal may have come before the worker could take it
                     continue
+                if event["status"] == 0 and process.shard is None:
+                    continue
+                how = f"status {event['status']}"
+                if process.silent:
+                    how = f"{settings.stall_seconds:g} s without a sign of life"
                 if process.shard is None:
-                    return [*faults, f"a worker ended with status {event['status']} before its first shard"]
+                    return [*faults, f"a worker ended between shards ({how})"]
                 deaths[process.shard] += 1
                 if deaths[process.shard] >= MAX_DEATHS:
-                    return [*faults, _deadly(plan, process.shard, event["status"])]
-                progress.say(f"a worker died (status {event['status']}) at shard {process.shard}; another takes over")
-                alive.add(_Process(folder, settings, events))
+                    return [*faults, _deadly(plan, process.shard, how)]
+                progress.say(f"a worker died ({how}) at shard {process.shard}; another takes over")
+                if not told:
+                    alive.add(_Process(folder, settings, events))
         return faults
     finally:
         for process in alive:
@@ -288,10 +313,18 @@ def _pool(
             process.process.wait()
 
 
-def _deadly(plan: Plan, shard: int, status: int) -> str:
+def _kill_silent(alive: set[_Process], stall_seconds: float) -> None:
+    """Ends every worker that reported nothing for so long; it is seen gone like one that died by itself."""
+    for process in alive:
+        if stall_seconds and time.monotonic() - process.heard > stall_seconds:
+            process.silent = True
+            process.process.kill()
+
+
+def _deadly(plan: Plan, shard: int, how: str) -> str:
     first = plan.files[plan.shards[shard].segments[0].file].path
     return (
         f"shard {shard} ({first}{' and others' if len(plan.shards[shard].segments) > 1 else ''}): {MAX_DEATHS} workers "
-        f"died at it, the last with status {status} (-9: killed, most often for memory); give each worker more memory "
-        "or use fewer --workers"
+        f"died at it, the last with {how}; status -9 is most often for memory: give each worker more or use fewer "
+        "--workers; a worker that only was slow needs a larger --stall-seconds"
     )

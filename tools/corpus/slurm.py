@@ -89,6 +89,8 @@ def render(folder: Path, output: Path, args: argparse.Namespace) -> str:
         args.on_error,
         "--backend",
         args.backend,
+        "--stall-seconds",
+        str(args.stall_seconds),
     ]
     finish = [*tool, "finish", *where]
     finish += ["--max-rejected", str(args.max_rejected), "--prefix-bytes", str(args.prefix_bytes)]
