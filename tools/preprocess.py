@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _remove_work(folder, bool(args.output_prefix))
         return done
     try:
-        run_plan(folder, settings_of(args), args.workers, f"local-{os.getpid()}")
+        run_plan(folder, settings_of(args), args.workers, f"local-{os.getpid()}", args.engine)
         return finish_run(args)
     except ToolError:
         _drop_empty_work(folder, args)
@@ -232,7 +232,7 @@ def work(args: argparse.Namespace) -> None:
     from megatron_hybrid.tools.corpus.pool import DRAINED_STATUS, Drained, run_plan
 
     try:
-        run_plan(work_folder(args), settings_of(args), args.workers, args.run_id)
+        run_plan(work_folder(args), settings_of(args), args.workers, args.run_id, args.engine)
     except Drained as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(DRAINED_STATUS)
@@ -353,6 +353,11 @@ def parser(command: str = "run") -> argparse.ArgumentParser:
         _add_work_flags(result)
     if command in ("run", "finish", "slurm"):
         _add_finish_flags(result)
+    if command in ("run", "work"):
+        result.add_argument(
+            "--engine", choices=("local", "ray"), default="local",
+            help="workers are processes here, or actors of the Ray cluster in RAY_ADDRESS (extra ray; default: local)",
+        )  # fmt: skip
     if command == "run":
         result.add_argument("--overwrite", action="store_true", help="replace a dataset of the same prefix")
     if command == "work":
