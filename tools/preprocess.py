@@ -334,6 +334,9 @@ def _add_finish_flags(result: argparse.ArgumentParser) -> None:
         "--prefix-bytes", type=parse_bytes, default=32 * GIB, metavar="SIZE",
         help="size of the .bin files of --output-dir (default: 32G; more if there would be over 300)",
     )  # fmt: skip
+    result.add_argument(
+        "--upload-to", metavar="URL", help="copy the finished datasets to this folder of object storage too (s3://...)"
+    )
 
 
 def parser(command: str = "run") -> argparse.ArgumentParser:
@@ -385,6 +388,10 @@ def main() -> None:
     command = words.pop(0) if words and words[0] in COMMANDS else "run"
     args = parser(command).parse_args(words)
     started = time.perf_counter()
+    if getattr(args, "upload_to", None):
+        from megatron_hybrid.tools.corpus.upload import check_target
+
+        check_target(args.upload_to)
     if command == "plan":
         from megatron_hybrid.tools.corpus.calibrate import describe_plan
 
@@ -401,6 +408,13 @@ def main() -> None:
     else:
         content = finish_run(args) if command == "finish" else run(args)
         print(summary(args, content, time.perf_counter() - started))
+        if args.upload_to:
+            from megatron_hybrid.tools.corpus.upload import upload
+
+            copied = upload(
+                content, Path(args.output_prefix or args.output_dir), bool(args.output_prefix), args.upload_to
+            )
+            print(f"{args.upload_to}: {copied / 1e6:,.1f} MB copied and read back")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def remote_filesystem(path: str) -> tuple[Any, str]:
+def remote_filesystem(path: str, flag: str = "--input") -> tuple[Any, str]:
     """(fsspec filesystem, path inside it) of a URL; raises ToolError if its driver is not installed."""
     import fsspec  # type: ignore[import-untyped]
 
@@ -46,7 +46,7 @@ def remote_filesystem(path: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise ToolError(
-            f"--input {path}: {error}; install the driver (s3:// needs s3fs, in the extra megatron-hybrid[data])"
+            f"{flag} {path}: {error}; install the driver (s3:// needs s3fs, in the extra megatron-hybrid[data])"
         ) from error
 
 
