@@ -12,8 +12,8 @@ import pytest
 FULL = os.environ.get("MEGATRON_HYBRID_TEST_MEMORY", "small") == "full"  # 1 GB documents, 2 GB files: minutes
 MIB = 1 << 20
 LIMIT_BYTES = 400 * MIB
-SMALL_MB, LARGE_MB = (20, 2000) if FULL else (20, 100)
-DOCUMENT_MB = 1000 if FULL else 40
+SMALL_MB, LARGE_MB = (20, 2000) if FULL else (20, 60)
+DOCUMENT_MB = 1000 if FULL else 24
 
 RUN = (
     "import json, resource, sys\n"
