@@ -88,6 +88,16 @@ def test_corpus_is_deduplicated_and_decontaminated(tmp_path: Path) -> None:
     assert other.returncode == 1 and "holds a run with other inputs or flags" in other.stderr
 
 
+def test_report_alone_writes_no_corpus(tmp_path: Path) -> None:
+    text = sentence(random.Random(1), 30)
+    (tmp_path / "in.jsonl").write_text(f"{json.dumps({'text': text})}\n{json.dumps({'text': 'another'})}\n")
+    (tmp_path / "quiz.jsonl").write_text(json.dumps({"text": text}))
+    words = ["--input", str(tmp_path / "in.jsonl"), "--decontaminate", str(tmp_path / "quiz.jsonl"), "--report-only"]
+    accounts, _ = clean(tmp_path / "out", *words)
+    assert accounts["contamination"]["quiz"]["documents"] == {"in": 1}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["clean.json", "removed", "work"]
+
+
 def test_bad_line_ends_the_run_by_default(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
     command = [sys.executable, "-m", "megatron_hybrid.tools.clean", "--output-dir", str(tmp_path / "out"), "--exact"]
