@@ -120,8 +120,8 @@ def _uncut(plan: Plan) -> list[str]:
     size, path = max(found)
     return [
         f"  {len(found):,} compressed parts are larger than two shards, the largest about {size / 1e9:,.2f} GB "
-        f"({path}): they hold one frame each, which one worker must read alone; files made by bgzip, pzstd or cat of "
-        "smaller ones are cut"
+        f"({path}): they are one frame each, or of very large ones, which one worker must read alone; files made by "
+        "bgzip, pzstd or cat of smaller ones are cut"
     ]
 
 

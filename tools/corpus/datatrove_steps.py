@@ -46,7 +46,7 @@ class Tally:
         return {"lines": self.lines, "rejected": dict(sorted(self.rejected.items())), "passed": dict(self.passed)}
 
 
-class Read(PipelineStep):  # type: ignore[misc]
+class Read(PipelineStep):
     """Yields the documents of the group of a task, in an order that never changes."""
 
     type, name = "READER", "megatron_hybrid"
@@ -83,7 +83,7 @@ class Read(PipelineStep):  # type: ignore[misc]
                     yield Document(text, f"{path}:{places[index].offset}", metadata=where)
 
 
-class Passed(PipelineStep):  # type: ignore[misc]
+class Passed(PipelineStep):
     """Counts the documents that came through the step before."""
 
     type, name = "COUNT", "megatron_hybrid"
@@ -125,7 +125,7 @@ class Removed:
         self._entries.append(json.dumps(entry).encode() + b"\n")
 
 
-class Write(PipelineStep):  # type: ignore[misc]
+class Write(PipelineStep):
     """Writes what is left of a task as SOURCE/RANK.jsonl.zst, then the task's tally; both appear whole."""
 
     type, name = "WRITER", "megatron_hybrid"

@@ -152,8 +152,9 @@ def run_plan(
                 if engine == "local" and workers == 1:
                     faults = _alone(folder, settings, progress, drain)
                 else:
-                    start = partial(_worker_class(engine), folder, settings)
-                    faults = _pool(start, min(workers, left), settings.stall_seconds, progress, plan, drain)
+                    workers = min(workers, left)
+                    start = partial(_worker_class(engine, workers), folder, settings)
+                    faults = _pool(start, workers, settings.stall_seconds, progress, plan, drain)
             progress.clear()
             if faults:
                 raise ToolError(_summary(faults))
@@ -230,7 +231,7 @@ def _expect_more(seconds: float) -> None:
     Its timer needs no Python lock: it works also where native code hangs that holds it.
     """
     if seconds:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # stderr, also where a test replaced it
 
 
 class PoolWorker(Protocol):
@@ -294,12 +295,12 @@ class _Process:
         self._process.wait()
 
 
-def _worker_class(engine: str) -> Callable[[Path, Settings, PoolEvents], PoolWorker]:
+def _worker_class(engine: str, workers: int) -> Callable[[Path, Settings, PoolEvents], PoolWorker]:
     if engine == "local":
         return _Process
     from megatron_hybrid.tools.corpus.ray_workers import RayWorker, connect
 
-    connect()
+    connect(workers)
     return RayWorker
 
 

@@ -3,6 +3,7 @@
 Each runs the same Worker as a local process does: it takes shards by leases, so who does what needs no scheduler.
 """
 
+import os
 import queue
 import threading
 import time
@@ -50,14 +51,16 @@ class Host:
             self._worker.draining = True
 
 
-def connect() -> None:
-    """Joins the cluster that RAY_ADDRESS names, or starts one on this machine; raises ToolError if that fails."""
+def connect(workers: int) -> None:
+    """Joins the cluster that RAY_ADDRESS names, or starts one here for `workers`; raises ToolError if that fails."""
     try:
         import ray
     except ImportError:
         raise ToolError("--engine ray: Ray is not installed; pip install 'megatron-hybrid[ray]'") from None
+    here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
     try:
         ray.init(
+            **here,
             ignore_reinit_error=True,
             include_dashboard=False,
             log_to_driver=False,
@@ -87,7 +90,7 @@ class RayWorker:
     def _listen(self, events: PoolEvents) -> None:
         import ray
 
-        status = 0
+        status: int | str = 0
         try:
             while True:
                 finished, _ = ray.wait([self._run], timeout=POLL_SECONDS)
