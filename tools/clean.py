@@ -51,12 +51,10 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def make_groups(inputs: list[str]) -> list[Any]:
+def make_groups(files: list[Any]) -> list[Any]:
     """The files of each task: at most about MAX_TASKS tasks, sources never mixed."""
     from megatron_hybrid.tools.corpus.datatrove_steps import Group
-    from megatron_hybrid.tools.corpus.inputs import find_inputs
 
-    files, _ = find_inputs(inputs)
     size = -(-len(files) // MAX_TASKS)
     groups = []
     for source in dict.fromkeys(file.source for file in files):
@@ -72,10 +70,12 @@ class Cleaning:
         from datatrove.utils.hashing import HashConfig
 
         from megatron_hybrid.tools.corpus.datatrove_steps import Tally
+        from megatron_hybrid.tools.corpus.inputs import find_inputs
         from megatron_hybrid.tools.corpus.plan import Options
 
         self.args = args
-        self.groups = make_groups(args.input)
+        self.files, _ = find_inputs(args.input)
+        self.groups = make_groups(self.files)
         self.work = args.output_dir / "work"
         self.options = Options(args.text_key, metadata_keys=tuple(args.metadata_keys))
         self.hashing = HashConfig(hash_fc="sha1")  # its xxhash wants a version that is not ours
@@ -85,12 +85,15 @@ class Cleaning:
     def _refuse_other_settings(self) -> None:
         """A folder continues the run it was made for, and no other."""
         settings = {key: value for key, value in vars(self.args).items() if key not in ("workers", "output_dir")}
-        stamps = [[path, Path(path).stat().st_mtime_ns] for path in map(str, self.args.decontaminate)]
-        content = json.dumps([settings, stamps, [vars(group) for group in self.groups]], default=str)
+        evaluations = [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.args.decontaminate]
+        content = json.dumps([settings, evaluations, [vars(file) for file in self.files]], default=str)
         digest = hashlib.sha256(content.encode()).hexdigest()
         path = self.work / "settings"
         if path.exists() and path.read_text() != digest:
-            raise ToolError(f"--output-dir {self.args.output_dir}: holds a run with other inputs or flags; remove it")
+            raise ToolError(
+                f"--output-dir {self.args.output_dir}: holds a run with other flags, or its inputs have changed; "
+                "remove it"
+            )
         self.work.mkdir(parents=True, exist_ok=True)
         path.write_text(digest)
 
@@ -280,8 +283,6 @@ def read_evaluations(paths: list[Path]) -> list[tuple[str, str | None, str]]:
     """(task, query or None, text) of every item; raises ToolError, naming the line, for one that is none."""
     items = []
     for path in paths:
-        if not path.is_file():
-            raise ToolError(f"--decontaminate {path}: no such file")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
                 continue
@@ -317,6 +318,9 @@ def main() -> None:
     args = parser().parse_args()
     if not (args.exact or args.minhash or args.decontaminate):
         raise ToolError("nothing to do; pass --exact, --minhash or --decontaminate FILE")
+    for path in args.decontaminate:
+        if not path.is_file():
+            raise ToolError(f"--decontaminate {path}: no such file")
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # datatrove's own log is in the work folder
     try:
         import datatrove  # noqa: F401

@@ -85,7 +85,7 @@ def test_corpus_is_deduplicated_and_decontaminated(tmp_path: Path) -> None:
         *options[:-3],
     ]
     other = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert other.returncode == 1 and "holds a run with other inputs or flags" in other.stderr
+    assert other.returncode == 1 and "holds a run with other flags, or its inputs have changed" in other.stderr
 
 
 def test_report_alone_writes_no_corpus(tmp_path: Path) -> None:

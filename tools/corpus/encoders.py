@@ -121,7 +121,7 @@ class Fastokens:
         self._thread = ThreadPoolExecutor(1)
         self._tokenizer = self._thread.submit(fastokens.Tokenizer.from_json_str, self._content).result()
         fresh = resident_bytes()
-        self._limit_bytes = max(self._limit_bytes or fresh + MAX_CACHE_BYTES, fresh + MAX_CACHE_BYTES // 2)
+        self._limit_bytes = max(self._limit_bytes or fresh + MAX_CACHE_BYTES, fresh + MAX_CACHE_BYTES // 4)
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
         if resident_bytes() > self._limit_bytes:
