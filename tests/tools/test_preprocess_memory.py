@@ -12,7 +12,7 @@ import pytest
 FULL = os.environ.get("MEGATRON_HYBRID_TEST_MEMORY", "small") == "full"  # 1 GB documents, 2 GB files: minutes
 MIB = 1 << 20
 LIMIT_BYTES = 400 * MIB
-SMALL_MB, LARGE_MB = (20, 2000) if FULL else (20, 60)
+SMALL_MB, LARGE_MB = (20, 2000) if FULL else (20, 80)
 DOCUMENT_MB = 1000 if FULL else 24
 
 RUN = (
@@ -56,11 +56,11 @@ def novel_words(source: random.Random, size: int) -> str:
 
 
 def write_file(path: Path, megabytes: int) -> Path:
-    """SMALL_MB of novel words, over and over: caches hold the same however large the file is."""
+    """1 MB of novel words, over and over: caches hold the same however large the file is."""
     source = random.Random(0)
-    lines = [json.dumps({"text": novel_words(source, 100_000)}) + "\n" for _ in range(SMALL_MB * 10)]
+    lines = [json.dumps({"text": novel_words(source, 100_000)}) + "\n" for _ in range(10)]
     with open(path, "w") as handle:
-        for _ in range(megabytes // SMALL_MB):
+        for _ in range(megabytes):
             handle.writelines(lines)
     return path
 
