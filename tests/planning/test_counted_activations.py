@@ -43,6 +43,9 @@ def _forward(rank: int, layout: tiny.Layout, options: HybridConfig, z_loss: bool
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
+NORM_OUT = {"recompute_granularity": "selective", "recompute_modules": ["gdn_norm_out", "mlp"]}
+
+
 @pytest.mark.parametrize(
     ("layout", "options", "job"),
     [
@@ -55,6 +58,9 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
             id="cp2-all-gather",
         ),
         pytest.param(tiny.Layout(pattern="G", cp=2), {"gdn_cp_comm_type": "scan"}, {"gdn_exchange": "scan"}, id="scan"),
+        pytest.param(
+            tiny.Layout(pattern="G", overrides=NORM_OUT), {}, {"recompute": ("gdn_norm_out", "mlp")}, id="gdn-norm-out"
+        ),
     ],
 )  # fmt: skip
 def test_activations(layout: tiny.Layout, options: dict[str, Any], job: dict[str, Any]) -> None:
