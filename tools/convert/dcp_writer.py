@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # a rank that loads a part of a tensor reads whole chunks
-FILE_BYTES = 4 * 2**30
+FILE_BYTES = 2**30  # a file goes to the disk while the next is written, so at the end little is left to wait for
 
 
 class DcpWriter:
@@ -93,6 +93,8 @@ class DcpWriter:
         from torch.distributed.checkpoint.metadata import Metadata
 
         for lane in self._lanes:
+            lane.end()
+        for lane in self._lanes:
             lane.finish()
             self.hashes |= lane.hashes
         places = {index: place for lane in self._lanes for index, place in lane.places.items()}
@@ -142,11 +144,14 @@ class _HashedFile:
         """For torch.save."""
         self._handle.flush()
 
-    def close(self) -> dict[str, Any]:
+    def entry(self) -> dict[str, Any]:
+        """What `checkpoint.commit.hash_file` would say."""
+        return {"bytes": self.size_bytes, "xxh3": self._digest.hexdigest()}
+
+    def close(self) -> None:
         """Everything is on the disk then."""
         with self._handle:
             flush_to_disk(self._handle)
-        return {"bytes": self.size_bytes, "xxh3": self._digest.hexdigest()}
 
     def abandon(self) -> None:
         """Closes it as it is."""
@@ -155,27 +160,32 @@ class _HashedFile:
 
 
 class _Lane:
-    """One thread and the file it writes."""
+    """A thread and the file it writes, and another that waits for the disk to have the file before."""
 
     def __init__(self, folder: Path, lane: int, file_bytes: int) -> None:
         self.places: dict[Any, Any] = {}
         self.hashes: dict[str, dict[str, Any]] = {}
         self._folder, self._lane, self._file_bytes, self._files = folder, lane, file_bytes, 0
         self._file: _HashedFile | None = None
-        self._thread = InOrder(f"write{lane}", 2)
+        self._thread, self._flush = InOrder(f"write{lane}", 2), InOrder(f"flush{lane}", 1)
 
     def store(self, name: str, content: Tensor | io.BytesIO, offsets: Any, index: int | None) -> None:
         """Hands a chunk over; its place is known after `finish`."""
         self._thread.submit(self._store, name, content, offsets, index)
 
-    def finish(self) -> None:
-        """Everything is on the disk then."""
+    def end(self) -> None:
+        """Nothing more comes."""
         self._thread.submit(self._close_file)
+
+    def finish(self) -> None:
+        """After `end`: everything is on the disk then."""
         self._thread.finish()
+        self._flush.finish()
 
     def abandon(self) -> None:
         """Stops early."""
         self._thread.stop()
+        self._flush.stop()
         if self._file is not None:
             self._file.abandon()
 
@@ -203,5 +213,6 @@ class _Lane:
 
     def _close_file(self) -> None:
         if self._file is not None:
-            self.hashes[self._file.path.name] = self._file.close()
+            self.hashes[self._file.path.name] = self._file.entry()
+            self._flush.submit(self._file.close)
             self._file = None

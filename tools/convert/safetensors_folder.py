@@ -84,6 +84,7 @@ def read_tensor(place: TensorPlace) -> Tensor:
     if tensor.numel():
         target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         with open(place.file, "rb", buffering=0) as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads further ahead
             handle.seek(place.offset_bytes)
             filled = 0
             while filled < place.size_bytes:
