@@ -142,6 +142,7 @@ def test_a_run_moves_to_olmo_core_and_back_and_goes_on(tmp_path: Path) -> None:
     straight, first, moved = (tmp_path / name for name in ("straight", "first", "moved"))
     run_ranks(_train, 1, _arguments_of_a_run(prefix, straight, *flags))
     run_ranks(_train, 1, _arguments_of_a_run(prefix, first, *flags, "--exit-interval", "3"))
+    _assert_round_trip_of_weights(first / "checkpoints", tmp_path)
     export_olmo_core(OlmoCoreOptions(first / "checkpoints", tmp_path / "core", optimizer=True))
     options = ImportOptions(tmp_path / "core", moved / "checkpoints", config=tmp_path / "core" / "huggingface")
     options = replace(options, optimizer=True, global_batch_size=4, lr=3e-3, min_lr=3e-4, true_vocab_size=VOCAB - 1)
@@ -155,6 +156,16 @@ def test_a_run_moves_to_olmo_core_and_back_and_goes_on(tmp_path: Path) -> None:
     for tag in ("lm loss", "grad-norm", "learning-rate"):
         assert list(found[tag].steps) == [4, 5, 6]
         np.testing.assert_array_equal(found[tag].values, expected[tag].values[3:], err_msg=tag)
+
+
+def _assert_round_trip_of_weights(trained: Path, folder: Path) -> None:
+    """What training has saved, to Hugging Face and back: the same tensors, bit for bit."""
+    export(ExportOptions(trained, folder / "hf"))
+    import_model(ImportOptions(folder / "hf", folder / "again"))
+    one, other = (TorchDistCheckpoint(path) for path in (trained / "iter_0000003", folder / "again" / "release"))
+    for name in other.tensors:
+        assert torch.equal(one.read(name)[: other.stored(name).shape[0]], other.read(name)), name
+    assert len(other.tensors) > 60
 
 
 LADDER = [name for name in PRESETS if name.startswith("ladder-")]

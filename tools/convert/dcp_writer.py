@@ -37,7 +37,7 @@ class DcpWriter:
         folder: an existing empty folder.
         chunk_bytes: rows of a tensor are stored in blocks of at most this size.
         file_bytes: a file is closed and the next begun once it is this large.
-        lanes: threads that write, each into files of its own; each holds up to three blocks.
+        lanes: threads that write, each into files of its own; each holds up to five blocks.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class _Lane:
         self.hashes: dict[str, dict[str, Any]] = {}
         self._folder, self._lane, self._file_bytes, self._files = folder, lane, file_bytes, 0
         self._file: _HashedFile | None = None
-        self._thread, self._flush = InOrder(f"write{lane}", 2), InOrder(f"flush{lane}", 1)
+        self._thread, self._flush = InOrder(f"write{lane}", 4), InOrder(f"flush{lane}", 1)
 
     def store(self, name: str, content: Tensor | io.BytesIO, offsets: Any, index: int | None) -> None:
         """Hands a chunk over; its place is known after `finish`."""
