@@ -431,9 +431,26 @@ def to_megatron(
             raise ToolError(f"{rule.megatron}: {vocab_rows} rows cannot hold vocab_size {config.vocab_size}")
         return torch.nn.functional.pad(parts[0], (0, 0, 0, padding)) if padding else parts[0]
     if rule.layout is Layout.STACKED_ROWS:
-        return torch.cat(parts)
+        return _stacked(parts)
     groups = config.num_key_value_heads
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """Their rows one after the other, without a copy where they lie so in one piece of memory."""
+    import torch
+
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        alike = part.dtype == first.dtype and part.is_contiguous()
+        if (
+            not alike
+            or part.data_ptr() != end
+            or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
+            return torch.cat(parts)
+        end += part.nbytes
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
 def _qkv_rows_of_a_group(config: ModelConfig) -> list[int]:

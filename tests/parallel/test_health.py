@@ -118,9 +118,9 @@ def test_same_as_plain_formulas(layout: Layout, plain: tuple[Path, dict[str, Any
         assert {key: value for key, value in line.items() if "grad norm" in key} | layers == pytest.approx(
             expected, rel=1e-4
         )
-        means = [expected[f"gdn decay/layer {layer}"] for layer in (1, 2, 3, 5, 6, 7)]
+        means = [expected[f"gdn decay/layer {layer}"] for layer in (1, 2, 3)]
         assert line["gdn state norm"] > 0
-        assert line["gdn decay"] == pytest.approx(sum(means) / 6, rel=1e-5)
+        assert line["gdn decay"] == pytest.approx(sum(means) / 3, rel=1e-5)
         assert 0 < line["gdn beta saturated"] < 1
         assert line["grad norm gdn"] ** 2 + line["grad norm attention"] ** 2 < norm**2
         assert not any("gdn decay" in key for key in disabled)

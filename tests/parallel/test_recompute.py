@@ -13,8 +13,7 @@ import pytest
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.modules.gated_delta_net import GatedDeltaNet
 from megatron_hybrid.modules.recompute import NORM_OUT
-from tests.parallel import tiny
-from tests.parallel.compare import INTERLEAVED, STAGES, assert_same, differences, split
+from tests.parallel.compare import STAGES, assert_same, differences, split
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import Layout
 
@@ -31,7 +30,7 @@ CHOICES = {
     NORM_OUT: _selective(NORM_OUT),
     "core_attn and mlp": _selective("core_attn", "mlp"),
     "full": _full("uniform", 1),
-    "full, three layers of a stage": _full("block", 3),
+    "full, one layer of a stage": _full("block", 1),
 }
 
 
@@ -56,9 +55,8 @@ def test_bit_equal_on_one_rank(references: dict[bool, dict[str, Any]], weights: 
     found = run_ranks(_counted, 1, layouts, weights / "False")[0]
     for name, result in found.items():
         assert max(differences(references[False], [result]).values()) == 0, name
-    once = 6 * tiny.MICROBATCHES
-    calls = {name: result["calls"] / once for name, result in found.items()}
-    assert calls == {NORM_OUT: 2, "core_attn and mlp": 1, "full": 2, "full, three layers of a stage": 1.5}
+    calls = {name: result["calls"] / Layout().microbatches for name, result in found.items()}
+    assert calls == {NORM_OUT: 6, "core_attn and mlp": 3, "full": 6, "full, one layer of a stage": 4}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +65,7 @@ def test_bit_equal_on_one_rank(references: dict[bool, dict[str, Any]], weights: 
         (Layout(tp=2, sp=True, cp=2, overrides=_selective(NORM_OUT, "core_attn")), None),
         (Layout(cp=3, packed=True, overrides=CHOICES[NORM_OUT]), None),
         (Layout(cp=2, overrides=CHOICES[NORM_OUT]), HybridConfig(gdn_cp_comm_type="a2a")),
-        (Layout(pp=2, pattern=INTERLEAVED, dp=2, distributed_optimizer=True, overrides=CHOICES[NORM_OUT]), None),
+        (Layout(pp=2, pattern="G|G|G|*", distributed_optimizer=True, overrides=CHOICES[NORM_OUT]), None),
         (Layout(tp=2, sp=True, pp=2, pattern=STAGES, cp=2, overrides=CHOICES["full"]), None),
     ],
     ids=lambda value: value.gdn_cp_comm_type if isinstance(value, HybridConfig) else str(value or ""),

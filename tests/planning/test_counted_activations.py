@@ -41,8 +41,6 @@ def _forward(rank: int, layout: tiny.Layout, options: HybridConfig, z_loss: bool
 
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-
-
 NORM_OUT = {"recompute_granularity": "selective", "recompute_modules": ["gdn_norm_out", "mlp"]}
 
 

@@ -26,7 +26,7 @@ from tests.planning.counting import Watch, storage_bytes
 from tests.planning.jobs import job_of
 
 #: Attention layers only in the pipeline: the delta rule's own part is counted in test_counted_activations.py.
-LAYOUT = tiny.Layout(tp=2, sp=True, pp=2, dp=2, pattern="**|*", bf16=True, distributed_optimizer=True)
+LAYOUT = tiny.Layout(tp=2, sp=True, pp=2, dp=2, pattern="**|*", microbatches=4, bf16=True, distributed_optimizer=True)
 LONG = 384
 
 
