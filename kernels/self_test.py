@@ -47,8 +47,8 @@ def kernel_errors(K: int, V: int, device: torch.device, T: int = 256, H: int = 4
     return {name: relative_error(x, y) for name, x, y in zip(TOLERANCES, first, expected, strict=True)}
 
 
-def self_test(K: int, V: int, device: torch.device | None = None) -> None:
-    """Raises RuntimeError when the kernels of these head sizes are not right on this device."""
+def self_test(K: int, V: int, device: torch.device | None = None) -> dict[str, float]:
+    """The errors; raises RuntimeError when the kernels of these head sizes are not right on this device."""
     device = device or torch.device("cuda")
     errors = kernel_errors(K, V, device)
     wrong = [f"{name} {error:.4f} (at most {TOLERANCES[name]})" for name, error in errors.items()]
@@ -57,17 +57,18 @@ def self_test(K: int, V: int, device: torch.device | None = None) -> None:
             f"Gated DeltaNet kernels fail their self-test on {torch.cuda.get_device_name(device)}, K = {K}, V = {V}: "
             f"{'; '.join(wrong)}. Train with the reference backend, and report GPU, driver and triton version"
         )
+    return errors
 
 
 @cache
-def before_training(backend: str | None, dtype: torch.dtype, K: int, V: int) -> None:
+def before_training(backend: str | None, dtype: torch.dtype, K: int, V: int) -> dict[str, float]:
     """Gates training on a GPU: the kernels take this dtype, have a checked launch here, and pass their self-test.
 
-    Raises ValueError for the dtype, RuntimeError where the kernels are not right. Nothing to check without a GPU or
-    with another backend.
+    Returns the self-test's errors, none where there is nothing to check: without a GPU or with another backend.
+    Raises ValueError for the dtype, RuntimeError where the kernels are not right.
     """
     if not torch.cuda.is_available() or backend not in (None, "triton"):
-        return
+        return {}
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"--gdn-backend triton: takes bf16 or fp16, not {dtype}; add --bf16, or take reference")
-    self_test(K, V)
+    return self_test(K, V)

@@ -173,7 +173,7 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
         stack_spec(args)
         fp8.check_args(args)
         _check_recompute(args)
-        _check_kernels(args)
+        run.kernel_errors = _check_kernels(args)
         _set_vocabulary(args, flags)
         _say_what_is_padded(args)
         if args.save:
@@ -194,19 +194,19 @@ def _check_recompute(args: argparse.Namespace) -> None:
         )
 
 
-def _check_kernels(args: argparse.Namespace) -> None:
+def _check_kernels(args: argparse.Namespace) -> dict[str, float]:
     """The kernels' self-test on this rank's GPU, before ranks wait for each other. A rank that fails it says so."""
     import torch
 
     from megatron_hybrid.kernels.self_test import before_training
 
     if "G" not in args.hybrid_layer_pattern:
-        return
+        return {}
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     chosen = None if args.gdn_backend == "auto" else args.gdn_backend
     try:
-        before_training(chosen, args.params_dtype, args.linear_key_head_dim, args.linear_value_head_dim)
+        return before_training(chosen, args.params_dtype, args.linear_key_head_dim, args.linear_value_head_dim)
     except RuntimeError as error:
         print(f"error: rank {args.rank}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -39,6 +39,7 @@ class Run:
         self.start = begun
         self.software = dict(software)
         self.data: fingerprint.DataFiles = {}
+        self.kernel_errors: dict[str, float] = {}  #: of the kernels' self-test, none where it does not run
         self.checkpoints = megatron_hooks.Checkpoints(self._describe, say)
         self.stop: stop.StopRequests | None = None
         self.guard: NonFiniteGuard | None = None
@@ -134,6 +135,7 @@ class Run:
             "consumed_train_samples": args.consumed_train_samples,
             "layout": layout,
             "software": self.software,
+            "kernel_self_test": self.kernel_errors or "not run: no GPU, or no Triton kernels",
             "data": self.data,
         }
 

@@ -107,6 +107,7 @@ def test_other_software_is_said(straight: Path, data: Path, tmp_path: Path, capf
     folder = tmp_path / "checkpoints" / f"iter_{STEPS:07d}"
     manifest = commit.read_json(folder / "manifest.json")
     assert manifest["software"]["torch"].startswith("2.") and manifest["layout"]["data_parallel_size"] == 2
+    assert manifest["kernel_self_test"].startswith("not run")
     manifest["software"]["triton"] = "3.7.1"
     commit.write_json(folder / "manifest.json", manifest)
     marker = {"iteration": STEPS, "manifest_xxh3": commit.hash_file(folder / "manifest.json")["xxh3"]}
