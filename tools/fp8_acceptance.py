@@ -60,14 +60,18 @@ def folder_name(variant: str) -> str:
     return re.sub(r"\W+", "_", variant)
 
 
-def launch(args: argparse.Namespace, variant: str, more: list[str], log: Path) -> subprocess.Popen[bytes]:
+def launch(args: argparse.Namespace, variant: str, name: str, more: list[str]) -> subprocess.Popen[bytes]:
+    """A training run whose log and curves are called `name`."""
+    folder = args.output / folder_name(variant)
+    folder.mkdir(parents=True, exist_ok=True)
     flags = [*(TINY if args.tiny else MODEL), *RUN]
-    flags += ["--data-path", str(args.data_path), "--data-cache-path", str(log.parent / "cache")]
+    flags += ["--data-path", str(args.data_path), "--data-cache-path", str(folder / "cache")]
+    flags += ["--tensorboard-dir", str(folder / name), "--tensorboard-log-interval", "1"]
     flags += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(args.tokenizer_model)]
     flags += ["--train-iters", str(args.steps), "--lr-warmup-iters", str(args.steps // 10)]
     chosen = (TINY_VARIANTS if args.tiny else VARIANTS)[variant]
     command = [sys.executable, "-m", "megatron_hybrid.pretrain", *flags, *chosen, *more]
-    with log.open("w") as out:
+    with (folder / f"{name}.log").open("w") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, env=environment())
 
 
@@ -120,11 +124,8 @@ def train(args: argparse.Namespace, variants: list[str], deadline: float) -> dic
     rows: dict[str, dict[str, Any]] = {variant: {"errors": []} for variant in variants}
     running = {}
     for variant in variants:
-        folder = args.output / folder_name(variant)
         save = ["--save", str(args.checkpoints / folder_name(variant)), "--save-interval", str(saved_step(args))]
-        board = ["--tensorboard-dir", str(folder / "straight"), "--tensorboard-log-interval", "1"]
-        folder.mkdir(parents=True)
-        running[variant] = launch(args, variant, [*save, *board], folder / "straight.log")
+        running[variant] = launch(args, variant, "straight", save)
     for variant, error in wait(running, deadline, "run").items():
         rows[variant]["errors"].append(f"{error}: {why(args.output / folder_name(variant) / 'straight.log')}")
     for variant in variants:
@@ -144,10 +145,8 @@ def has_checkpoint(args: argparse.Namespace, variant: str) -> bool:
 def resume(args: argparse.Namespace, variants: list[str]) -> dict[str, subprocess.Popen[bytes]]:
     running = {}
     for variant in variants:
-        folder = args.output / folder_name(variant)
         load = ["--load", str(args.checkpoints / folder_name(variant)), "--ckpt-step", str(saved_step(args))]
-        board = ["--tensorboard-dir", str(folder / "resumed"), "--tensorboard-log-interval", "1"]
-        running[variant] = launch(args, variant, [*load, *board], folder / "resumed.log")
+        running[variant] = launch(args, variant, "resumed", load)
     return running
 
 
