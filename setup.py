@@ -11,6 +11,7 @@ FOLDERS = {
     "megatron_hybrid.checkpoint": "megatron_hybrid/checkpoint",
     "megatron_hybrid.data": "megatron_hybrid/data",
     "megatron_hybrid.parallel": "megatron_hybrid/parallel",
+    "megatron_hybrid.planning": "megatron_hybrid/planning",
     "megatron_hybrid.training": "megatron_hybrid/training",
     "megatron_hybrid.kernels": "kernels",
     "megatron_hybrid.layer_specs": "layer_specs",
@@ -54,6 +55,8 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
         "data": ["pyarrow==26.0.1", "s3fs==2026.9.0", "tiktoken==0.14.0", "gigatoken==0.10.0"],
+        "ray": ["ray==2.60.0"],  # 240 MB; preprocess --engine ray
+        "clean": ["datatrove==0.10.1", "spacy==3.8.18"],  # spacy: English words without a model to fetch; tools.clean
         "dev": ["setuptools==81.0.0", "pytest==9.2.0", "moto[server]==5.2.5", "ruff==0.17.6", "mypy==2.4.1"],
     },
 )

@@ -60,7 +60,7 @@ MODEL=(
 TRAIN=(
     "${MODEL[@]}"
     --tensor-model-parallel-size "$RANKS"
-    --data-path "$RUN/data" --split 98,2,0 --data-cache-path "$RUN/cache"
+    --data-path "$RUN/data" --split "98,2,0" --data-cache-path "$RUN/cache"
     --train-iters "$ITERATIONS" --global-batch-size "$GLOBAL_BATCH_SIZE" --micro-batch-size "$GLOBAL_BATCH_SIZE"
     --eval-interval "$STOP" --eval-iters 4 --log-interval 1
     --save "$RUN/checkpoints" --save-interval "$STOP"

@@ -63,10 +63,11 @@ def self_test(K: int, V: int, device: torch.device | None = None) -> None:
 def before_training(backend: str | None, dtype: torch.dtype, K: int, V: int) -> None:
     """Gates training on a GPU: the kernels take this dtype, have a checked launch here, and pass their self-test.
 
-    Raises RuntimeError saying which does not hold. Nothing to check without a GPU or with another backend.
+    Raises ValueError for the dtype, RuntimeError where the kernels are not right. Nothing to check without a GPU or
+    with another backend.
     """
     if not torch.cuda.is_available() or backend not in (None, "triton"):
         return
     if dtype not in (torch.bfloat16, torch.float16):
-        raise RuntimeError(f"--gdn-backend triton: takes bf16 or fp16, not {dtype}; add --bf16, or take reference")
+        raise ValueError(f"--gdn-backend triton: takes bf16 or fp16, not {dtype}; add --bf16, or take reference")
     self_test(K, V)

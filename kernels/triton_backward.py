@@ -11,7 +11,7 @@ With dS the gradient of the state leaving a chunk, gam = exp(G) and dec = exp(G_
     dx_i = (1 - beta_i / m) dR_i.U_i / beta_i      for beta = m sigmoid(x): both terms of the textbook form at once
 
 dN is the whole gradient through the inverse, so nothing is inverted or multiplied by Tb twice. The scan needs only its
-own columns of V; `gradients_kernel` needs all of them and no order. The gate's gradient is taken directly, term by
+own columns of V; the gradients of q and k need all of them and no order. The gate's gradient is taken directly, term by
 term: the shorter identity dG_i = q_i.dq_i - v_i.dv_i cancels for heads that decay fast.
 """
 

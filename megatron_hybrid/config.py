@@ -100,7 +100,8 @@ class HybridConfig:
         "deviations, or is not finite",
     )
     log_health: bool = _flag(
-        True, "log decay and saturated beta of Gated DeltaNet layers, and gradient norms of both kinds of mixer"
+        True,
+        "log decay, saturated beta and state norms of Gated DeltaNet layers, and gradient norms of both kinds of mixer",
     )
     peak_tflops: float = _flag(
         0.0, "dense bf16 peak of a GPU in TFLOP/s, for MFU; 0: the data sheet's of the GPU that is found"
@@ -111,6 +112,11 @@ class HybridConfig:
         "its last tenth and the next starts at --lr again; with --lr-decay-style WSD",
     )
 
+    keep_moments: bool = _flag(
+        False,
+        "a stage's first start from --pretrained-checkpoint takes Adam's moments and step counts from there too, as "
+        "midtraining and long context did; iteration, schedule, samples and random state start anew",
+    )
     fresh: bool = _flag(
         False, "start from random weights; checkpoints in --save are moved aside first. For a job's first start only"
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 from megatron_hybrid import fp8
 from megatron_hybrid.presets import NAMES, PRESETS, FlagValue
 from megatron_hybrid.tools.cli import ToolError
-from megatron_hybrid.tools.indexed_dataset import require_dataset
 
 #: Flags of which Megatron takes one: giving another on the command line drops the preset's.
 ALTERNATIVES = (
@@ -160,6 +159,8 @@ def _check_data(values: argparse.Namespace) -> None:
     elsewhere = values.skip_train or values.data_args_path or values.per_split_data_args_path
     if not prefixes and not elsewhere:
         raise FlagError("--data-path: no dataset; give a prefix of .bin/.idx files (tools.preprocess), or --mock-data")
+    from megatron_hybrid.tools.indexed_dataset import require_dataset  # numpy: not on every login node
+
     for name, prefix in prefixes:
         try:
             require_dataset(prefix)
@@ -297,6 +298,8 @@ def _check_optimizer(values: argparse.Namespace) -> None:
     if values.bf16 and values.fp16:
         raise FlagError("--bf16 --fp16: give one of them")
     half = next((flag for flag in ("bf16", "fp16") if getattr(values, flag)), None)
+    if values.gdn_backend == "triton" and not half and os.environ.get("TRITON_INTERPRET") != "1":
+        raise FlagError("--gdn-backend triton: takes bf16 or fp16; add --bf16, or take --gdn-backend reference")
     saves = values.save and not values.no_save_optim
     if half and saves and "G" in values.hybrid_layer_pattern and not values.use_distributed_optimizer:
         raise FlagError(

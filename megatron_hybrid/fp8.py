@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from megatron_hybrid.parallel.head_padding import Sizes
+from megatron_hybrid.parallel.padded_sizes import Sizes
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
@@ -124,20 +123,30 @@ def check_args(args: Any) -> None:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < least:
         raise Fp8Error(
             f"--{'fp4' if recipe == 'nvfp4' else 'fp8'}-recipe {recipe}: needs {kinds}, this is "
-            f"{torch.cuda.get_device_name()}; legal: {', '.join(_possible(torch.cuda.get_device_capability()))}"
+            f"{torch.cuda.get_device_name()}; legal: {', '.join(possible(torch.cuda.get_device_capability()))}"
         )
     check_widths(vars(args))
-    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
-    if args.sequence_parallel:
-        tokens //= args.tensor_model_parallel_size
+    check_tokens(vars(args))
+
+
+def check_tokens(settings: Mapping[str, Any]) -> None:
+    """A microbatch's tokens on a rank are a multiple of what the recipe needs. settings, raises: see `check_widths`."""
+    recipe = _recipe(settings)
+    if recipe is None:
+        return
+    tokens = settings["micro_batch_size"] * settings["seq_length"] // settings["context_parallel_size"]
+    if settings["sequence_parallel"]:
+        tokens //= settings["tensor_model_parallel_size"]
     if tokens % alignment(recipe):
         raise Fp8Error(
-            f"--seq-length {args.seq_length}: {tokens} tokens of a microbatch on each rank, and {recipe} needs a "
-            f"multiple of {alignment(recipe)}; change --seq-length or --micro-batch-size {args.micro_batch_size}"
+            f"--seq-length {settings['seq_length']}: {tokens} tokens of a microbatch on each rank, and {recipe} needs "
+            f"a multiple of {alignment(recipe)}; change --seq-length or --micro-batch-size "
+            f"{settings['micro_batch_size']}"
         )
 
 
-def _possible(capability: tuple[int, int]) -> list[str]:
+def possible(capability: tuple[int, int]) -> list[str]:
+    """Recipes that a GPU of this compute capability runs."""
     return [name for name, (least, _) in NEEDS.items() if capability >= least] or ["none"]
 
 
@@ -158,8 +167,6 @@ def check_widths(settings: Mapping[str, Any]) -> None:
     Raises:
         Fp8Error: naming the dimension and the nearest legal tensor-parallel size.
     """
-    from megatron_hybrid.parallel.head_padding import Sizes
-
     recipe = _recipe(settings)
     if recipe is None:
         return

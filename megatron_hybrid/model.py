@@ -22,6 +22,7 @@ from megatron_hybrid.fp8 import check_widths
 from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
 from megatron_hybrid.modules.cross_entropy import chunked_token_losses, token_losses
 from megatron_hybrid.modules.init import use_olmo_init
+from megatron_hybrid.modules.recompute import allowing_norm_out
 from megatron_hybrid.parallel.head_padding import (
     ALIGNMENT,
     Part,
@@ -205,7 +206,8 @@ def config_from_args(args: argparse.Namespace) -> TransformerConfig:
     """Megatron's config of parsed arguments, its sizes rounded up to what the tensor-parallel size divides."""
     from megatron.training.arguments import core_transformer_config_from_args
 
-    return padded_config(lambda values: core_transformer_config_from_args(argparse.Namespace(**values)), vars(args))
+    make = allowing_norm_out(lambda values: core_transformer_config_from_args(argparse.Namespace(**values)))
+    return padded_config(make, vars(args))
 
 
 def count_parameters(modules: Iterable[torch.nn.Module]) -> int:

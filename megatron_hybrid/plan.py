@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_hybrid.flops import SizeError, Sizes, parameters, training_flops_per_token
+from megatron_hybrid.planning import memory
+from megatron_hybrid.planning.job import Job, check_microbatches
 from megatron_hybrid.presets import PRESETS
-
-GIB = 2**30
 
 #: {start of preset names: what Ai2 did otherwise, and why}. The longest start that fits, and the shorter ones.
 _DIFFERENCES = {
@@ -22,11 +22,7 @@ _DIFFERENCES = {
     "olmo-hybrid-7b": (
         "initialisation: OLMo-core's of today (truncated normal 0.02); the released run began before it was mended",
     ),
-    "olmo-hybrid-7b-midtrain": (
-        "start: --pretrained-checkpoint loads weights only; Ai2 kept Adam's moments of pretraining",
-    ),
     "olmo-hybrid-7b-long-context": (
-        "start: --pretrained-checkpoint loads weights only; Ai2 kept the averaged moments of both midtraining runs",
         "documents see each other from the first step; Ai2 masked them until about step 1500 and skipped steps 961-975",
     ),
     "olmo-hybrid-7b-long-context-yarn": ("positions: YaRN, factor 8; Ai2 released the run without rotary embeddings",),
@@ -49,20 +45,12 @@ def plan(flags: Sequence[str], preset: str | None, given: Sequence[str], gpus: i
         gpus: of the whole job.
 
     Raises:
-        ValueError: GPUs that the parallel sizes do not divide, or sizes that are missing; the message names the flag.
+        ValueError: what cannot run on so many GPUs, or sizes that are missing; the message names the flag.
     """
-    v = _peek(flags)
-    split = v.tensor_model_parallel_size * v.pipeline_model_parallel_size * v.context_parallel_size
-    if gpus % split:
-        raise SizeError(f"--gpus {gpus}: must be a multiple of TP times PP times CP, {split}; nearest legal: {split}")
-    dp = gpus // split
-    if v.global_batch_size % (dp * v.micro_batch_size):
-        raise SizeError(
-            f"--global-batch-size {v.global_batch_size}: must be a multiple of {dp} data-parallel ranks times "
-            f"--micro-batch-size {v.micro_batch_size}"
-        )
+    v, job = _peek(flags), Job.from_flags(flags, gpus)
+    check_microbatches(job)
     lines = [f"plan of {preset or 'these flags'} on {gpus} GPU{'s' * (gpus > 1)}", *_length(v), *_rates(v)]
-    lines += [*_model(flags, v), *_memory(flags, v, dp), "differs from Ai2's run:"]
+    lines += [*_model(flags, v), *_memory(job), "differs from Ai2's run:"]
     return "\n".join([*lines, *(f"  - {line}" for line in _differences(preset, given))])
 
 
@@ -115,25 +103,10 @@ def _model(flags: Sequence[str], v: argparse.Namespace) -> Iterator[str]:
     yield f"  work         {per_token / 1e9:.1f} GFLOP a token, {total:.2e} FLOP in all"
 
 
-def _memory(flags: Sequence[str], v: argparse.Namespace, dp: int) -> Iterator[str]:
-    """Weights, gradients, optimizer: exact up to padding, for the mean pipeline stage; logits; no activations."""
-    held = parameters(flags) / (v.tensor_model_parallel_size * v.pipeline_model_parallel_size)
-    weights, grads = (2, 4) if v.bf16 else (4, 4)
-    shards = dp * v.context_parallel_size if v.use_distributed_optimizer else 1
-    moments = (12 if v.bf16 else 8) / shards
-    tokens = v.micro_batch_size * v.seq_length // v.context_parallel_size
-    rows = Sizes.from_flags(flags).vocabulary_rows / v.tensor_model_parallel_size
-    logits = tokens * rows * 2 * weights  # and their gradient
-    if v.loss_chunk_tokens:  # a chunk's logits, their gradient in fp32 and cast; the weight's gradient in fp32
-        logits = min(tokens, v.loss_chunk_tokens) * rows * (2 * weights + 4) + 4 * rows * v.hidden_size
-    parts = {
-        "weights": held * weights,
-        "gradients": held * grads,
-        "optimizer": held * moments,
-        "loss on the last stage": logits,
-    }
-    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    yield f"  memory       {sum(parts.values()) / GIB:.2f} GiB a GPU without activations: {listed}"
+def _memory(job: Job) -> Iterator[str]:
+    rank, needed = memory.fullest(job)
+    where = f" on pipeline rank {rank}, the fullest" if job.pp > 1 else ""
+    yield f"  memory       {needed}{where}"
 
 
 def _differences(preset: str | None, given: Sequence[str]) -> Iterator[str]:
@@ -153,10 +126,8 @@ def _differences(preset: str | None, given: Sequence[str]) -> Iterator[str]:
 def _peek(flags: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name, default in (
-        *(("tensor-model-parallel-size", 1), ("pipeline-model-parallel-size", 1), ("context-parallel-size", 1)),
-        *(("micro-batch-size", 1), ("global-batch-size", 1), ("seq-length", 0), ("train-iters", 0), ("seed", 1234)),
-        *(("lr-warmup-iters", 0), ("lr-wsd-decay-iters", 1), ("rotary-base", 10000), ("loss-chunk-tokens", 0)),
-        ("hidden-size", 0),
+        *(("global-batch-size", 1), ("seq-length", 0), ("train-iters", 0), ("seed", 1234)),
+        *(("lr-warmup-iters", 0), ("lr-wsd-decay-iters", 1), ("rotary-base", 10000)),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, number in (
@@ -169,8 +140,6 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         *(("position-embedding-type", "learned_absolute"), ("weight-decay-on", "all_but_embedding")),
     ):
         parser.add_argument(f"--{name}", default=text)
-    for name in ("bf16", "use-distributed-optimizer"):
-        parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--skip-step", action=argparse.BooleanOptionalAction, default=True)
     values = parser.parse_known_args(list(flags))[0]
     for name in ("seq_length", "train_iters", "lr"):

@@ -117,13 +117,9 @@ def provide_model(
     """Megatron's model provider."""
     from megatron.training import get_args
 
-    from megatron_hybrid.kernels.self_test import before_training
     from megatron_hybrid.model import config_from_args, model_from_args
 
     args = get_args()
-    if "G" in args.hybrid_layer_pattern:
-        chosen = None if args.gdn_backend == "auto" else args.gdn_backend
-        before_training(chosen, args.params_dtype, args.linear_key_head_dim, args.linear_value_head_dim)
     return model_from_args(
         args,
         config or config_from_args(args),
@@ -176,6 +172,8 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
         args = parse([*flags, *added])
         stack_spec(args)
         fp8.check_args(args)
+        _check_recompute(args)
+        _check_kernels(args)
         _set_vocabulary(args, flags)
         _say_what_is_padded(args)
         if args.save:
@@ -186,6 +184,32 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
         fail(error, EXIT_UNLOADABLE)
     except ValueError as error:
         fail(error)
+
+
+def _check_recompute(args: argparse.Namespace) -> None:
+    if "layernorm" in (args.recompute_modules or ()) and args.transformer_impl == "local":
+        raise FlagError(
+            "--recompute-modules layernorm: Megatron's needs Transformer Engine, which does not run here; "
+            "legal: core_attn, mlp, gdn_norm_out"
+        )
+
+
+def _check_kernels(args: argparse.Namespace) -> None:
+    """The kernels' self-test on this rank's GPU, before ranks wait for each other. A rank that fails it says so."""
+    import torch
+
+    from megatron_hybrid.kernels.self_test import before_training
+
+    if "G" not in args.hybrid_layer_pattern:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    chosen = None if args.gdn_backend == "auto" else args.gdn_backend
+    try:
+        before_training(chosen, args.params_dtype, args.linear_key_head_dim, args.linear_value_head_dim)
+    except RuntimeError as error:
+        print(f"error: rank {args.rank}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _print_all_flags() -> None:

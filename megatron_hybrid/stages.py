@@ -18,6 +18,7 @@ _MIDTRAIN = {
     "lr": 2.0712352850360292e-4,
     "lr-warmup-iters": 0,
     "train-iters": _HUNDRED_BILLION,
+    "keep-moments": True,
 }
 
 _LONG_CONTEXT = {

@@ -30,12 +30,16 @@ REFUSED = [
     ),
     (["--seq-length", "8193", "--context-parallel-size", "4"], ["--seq-length 8193", "nearest legal length: 8192"]),
     (["--data-path", "nowhere/data"], ["--data-path nowhere/data", "nowhere/data.idx"]),
-    (["--without-distopt", "--save", "x"], ["--bf16", "--use-distributed-optimizer", "--no-save-optim"]),
+    (
+        ["--without-use-distributed-optimizer", "--save", "x"],
+        ["--bf16", "--use-distributed-optimizer", "--no-save-optim"],
+    ),
     (["--linear-num-value-heads", "45"], ["--linear-num-value-heads 45", "30", "nearest legal: 60"]),
     (["--kv-channels", "127"], ["--kv-channels 127", "even", "128"]),
     (["--linear-conv-kernel-dim", "5", "--context-parallel-size", "2"], ["--linear-conv-kernel-dim 5", "4"]),
     (["--gdn-cp-comm-type", "a2a", "--context-parallel-size", "4"], ["a2a", "--context-parallel-size 4", "30"]),
     (["--gdn-backend", "fla", "--context-parallel-size", "2"], ["--gdn-backend fla", "triton", "a2a"]),
+    (["--gdn-backend", "triton", "--without-bf16"], ["--gdn-backend triton", "--bf16", "reference"]),
     (["--pipeline-model-parallel-size", "0"], ["--pipeline-model-parallel-size 0", "nearest legal: 1"]),
     (["--save", "/dev/null/x"], ["--save /dev/null/x", "/dev/null is not a folder"]),
     (["--fp16", "--bf16"], ["--bf16 --fp16", "one of them"]),
@@ -47,7 +51,7 @@ REFUSED = [
 @pytest.mark.parametrize(("given", "said"), REFUSED, ids=lambda value: "_".join(value)[:60])
 def test_refused_in_one_line(given: list[str], said: list[str]) -> None:
     with pytest.raises(FlagError) as caught:
-        without = ["use-distributed-optimizer"] if "--without-distopt" in given else []
+        without = [flag for flag in ("use-distributed-optimizer", "bf16") if f"--without-{flag}" in given]
         check([*_WITH_DATA, *compose("olmo-hybrid-7b", given, without)])
     message = str(caught.value)
     assert "\n" not in message
@@ -193,6 +197,7 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "log_health",
         "peak_tflops",
         "wsds_periods",
+        "keep_moments",
         "fresh",
         "verify_checkpoint",
         "verify_data",

@@ -135,7 +135,7 @@ def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["--gpus", "7", "--tensor-model-parallel-size", "2"],
-            "--gpus 7: must be a multiple of TP times PP times CP, 2",
+            "--gpus 7: must be a multiple of --tensor-model-parallel-size 2 times",
         ),
         (["--gpus", "3"], "--global-batch-size 512: must be a multiple of 3 data-parallel ranks"),
     ],

@@ -1,4 +1,5 @@
 # Sourced by tests/run.sh and examples/quickstart.sh: makes .venv with the pinned requirements.
+# shellcheck shell=bash
 #
 #   source tools/environment.sh; prepare_environment [EXTRA...]     # e.g. dev, gpu
 #

@@ -31,6 +31,9 @@ REQUIRED_OPTIONS = {"model_type": "olmo_hybrid", "norm_placement": "released", "
 OPTIONAL_OPTIONS = {"gdn_norm_eps": 1e-5}
 ATTENTION, MLP = "self_attention.", "mlp."  # prefixes inside a Megatron layer
 
+#: Keys of `ModelConfig.rope_scaling`, transformers' names.
+YARN = {"rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -39,6 +42,7 @@ class ModelConfig:
     `vocab_size` is the true vocabulary rounded up to a multiple of 128, whatever tensor parallelism padded the
     stored tensors to; `rope_theta` None means no position embedding at all (NoPE). `window_size` (tokens to the left
     and to the right, the query not counted) holds in all attention layers but every `window_attn_skip_freq`th.
+    `rope_scaling` is YaRN in transformers' words, with the keys of `YARN`.
     A pattern without `G` is the transformer baseline, OLMo 3, whose `linear_` sizes mean nothing.
     """
 
@@ -63,6 +67,7 @@ class ModelConfig:
     pad_token_id: int | None
     window_size: tuple[int, int] | None = None
     window_attn_skip_freq: int | None = None
+    rope_scaling: dict[str, Any] | None = None
 
     @property
     def is_hybrid(self) -> bool:
@@ -161,14 +166,14 @@ def config_from_sidecar(values: Mapping[str, Any], source: str) -> ModelConfig:
             f"{source}: unknown key {unknown[0]!r}; it may change the model, so it is not ignored; "
             f"legal: {', '.join(sorted([*known, *options, 'format']))}"
         )
-    missing = sorted(set(known) - {"window_size", "window_attn_skip_freq"} - set(values))
+    missing = sorted(set(known) - {"window_size", "window_attn_skip_freq", "rope_scaling"} - set(values))
     if missing:
         raise ToolError(f"{source}: key {missing[0]!r} is missing; write the file with the trainer")
     given = {name: values[name] for name in known if name in values}
-    window = given.pop("window_size", None)
+    window, yarn = given.pop("window_size", None), given.pop("rope_scaling", None)
     for name, value in given.items():
         _check_type(value, str(known[name].type), f"{source}: {name}")
-    config = ModelConfig(**given, window_size=_window(window, source))
+    config = ModelConfig(**given, window_size=_window(window, source), rope_scaling=_yarn(yarn, source))
     _check_config(config, source)
     return config
 
@@ -200,6 +205,20 @@ def _window(value: object, source: str) -> tuple[int, int] | None:
     raise ToolError(f"{source}: window_size {value!r} cannot be expressed by transformers, legal: null or [LEFT, 0]")
 
 
+def _yarn(value: object, source: str) -> dict[str, Any] | None:
+    """A sidecar's rope_scaling: nothing, or all that makes YaRN's frequencies; its attention factor follows."""
+    if value is None:
+        return None
+    if isinstance(value, dict) and set(value) == YARN and value["rope_type"] == "yarn":
+        for name in sorted(YARN - {"rope_type"}):
+            whole = name == "original_max_position_embeddings"
+            _check_type(value[name], "int" if whole else "float", f"{source}: rope_scaling: {name}")
+        return dict(value)
+    raise ToolError(
+        f"{source}: rope_scaling {value!r}: legal: null, or rope_type 'yarn' with {', '.join(sorted(YARN))}"
+    )
+
+
 def _check_config(config: ModelConfig, source: str) -> None:
     """Raises ToolError for values that are each legal but do not make a model together."""
     foreign = sorted(set(config.hybrid_layer_pattern) - set(LAYER_TYPES) - {"|"})
@@ -218,6 +237,8 @@ def _check_config(config: ModelConfig, source: str) -> None:
             f"{source}: window_size {list(config.window_size)} cannot be expressed by transformers' "
             "OlmoHybridForCausalLM, legal: null; such a model has no Hugging Face form and can only be used in Megatron"
         )
+    if config.rope_scaling and config.rope_theta is None:
+        raise ToolError(f"{source}: rope_scaling without rope_theta; write the file with the trainer")
     if not config.is_hybrid and config.rope_theta is None:
         raise ToolError(f"{source}: rope_theta None cannot be expressed by transformers' Olmo3ForCausalLM")
     for large, small in (
@@ -410,9 +431,26 @@ def to_megatron(
             raise ToolError(f"{rule.megatron}: {vocab_rows} rows cannot hold vocab_size {config.vocab_size}")
         return torch.nn.functional.pad(parts[0], (0, 0, 0, padding)) if padding else parts[0]
     if rule.layout is Layout.STACKED_ROWS:
-        return torch.cat(parts)
+        return _stacked(parts)
     groups = config.num_key_value_heads
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """Their rows one after the other, without a copy where they lie so in one piece of memory."""
+    import torch
+
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        alike = part.dtype == first.dtype and part.is_contiguous()
+        if (
+            not alike
+            or part.data_ptr() != end
+            or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
+            return torch.cat(parts)
+        end += part.nbytes
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
 def _qkv_rows_of_a_group(config: ModelConfig) -> list[int]:

@@ -1,6 +1,8 @@
-"""Draws a training run from its TensorBoard files: loss, learning rate and gradient norm in one PNG.
+"""Draws a training run from its TensorBoard files: loss, learning rate, gradient norm and throughput.
 
     python -m megatron_hybrid.tools.plot_run runs/first/tensorboard --output loss.png
+
+One PNG, and beside it one HTML page with the picture in it and a table of everything that was logged.
 
 A resumed run leaves one event file per start. They are merged by step: where a later start took the run
 up again from an earlier step, what the earlier start had logged from there on is dropped.
@@ -9,6 +11,8 @@ Tags are those of Megatron's training log (megatron/training/training.py), writt
 """
 
 import argparse
+import base64
+import html
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +24,21 @@ from megatron_hybrid.tools.cli import ToolError, run_cli
 EVENT_FILES = "events.out.tfevents.*"
 LOSS = "lm loss"
 VALIDATION_LOSS = "lm loss validation"
-PANELS = ((LOSS, VALIDATION_LOSS), ("learning-rate",), ("grad-norm",))  # a panel without data is left out
+#: A panel without data is left out.
+PANELS = ((LOSS, VALIDATION_LOSS), ("learning-rate",), ("grad-norm",), ("tokens/s/GPU",))
 BY_SAMPLES = " vs samples"  # Megatron logs every value a second time, against samples instead of steps
 VALIDATION = " validation"
 MARKERS_UP_TO = 50  # points; a longer series is a line alone
 FIGURE_INCHES, DOTS_PER_INCH = (8.0, 2.6), 120  # of one panel
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>body {{ font-family: sans-serif; margin: 2em; }} img {{ max-width: 100%; }} td {{ padding: 0 1em 0 0; }}</style>
+</head><body><h1>{title}</h1>
+<img alt="loss, learning rate, gradient norm, throughput" src="data:image/png;base64,{image}">
+<table><tr><th>tag</th><th>points</th><th>first</th><th>last</th><th>lowest</th><th>highest</th></tr>
+{rows}
+</table></body></html>
+"""
 
 
 @dataclass
@@ -126,7 +140,7 @@ def draw_panel(axes: Any, tags: tuple[str, ...], series: dict[str, Series]) -> N
 
 
 def draw(series: dict[str, Series], title: str, output: Path) -> None:
-    """Writes the PNG: one panel each for loss, learning rate and gradient norm, over a common step axis."""
+    """Writes the PNG: a panel for each of PANELS, over a common step axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,11 +162,25 @@ def draw(series: dict[str, Series], title: str, output: Path) -> None:
     pyplot.close(figure)
 
 
+def write_page(series: dict[str, Series], title: str, picture: Path, output: Path) -> None:
+    """Writes the HTML page: the picture, and every tag's first, last, lowest and highest value; no other file."""
+    rows = []
+    for tag, points in series.items():
+        finite = [value for value in points.values if math.isfinite(value)] or [math.nan]
+        numbers = (points.start, points.end, min(finite), max(finite))
+        cells = "".join(f"<td>{number:.6g}</td>" for number in numbers)
+        rows.append(f"<tr><td>{html.escape(tag)}</td><td>{len(points.steps):,}</td>{cells}</tr>")
+    image = base64.b64encode(picture.read_bytes()).decode()
+    with atomic_open(output) as handle:
+        handle.write(PAGE.format(title=html.escape(title), image=image, rows="\n".join(rows)).encode())
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of this tool."""
     result = argparse.ArgumentParser(
         prog="python -m megatron_hybrid.tools.plot_run",
-        description="Draws loss, learning rate and gradient norm of a run from its TensorBoard files.",
+        description="Draws loss, learning rate, gradient norm and throughput of a run from its TensorBoard files: "
+        "one PNG and, beside it, one self-contained HTML page.",
     )
     result.add_argument("directory", type=Path, metavar="DIR", help="the run's --tensorboard-dir")
     result.add_argument("--output", type=Path, metavar="FILE.png", help="picture to write (default: DIR/loss.png)")
@@ -166,7 +194,9 @@ def main() -> None:
     if output.suffix != ".png":
         raise ToolError(f"--output {output}: the picture is a PNG; end the name in .png")
     series = read_series(args.directory)
+    page = output.with_suffix(".html")
     draw(series, str(args.directory), output)
+    write_page(series, str(args.directory), output, page)
     for tag in (LOSS, VALIDATION_LOSS):
         if tag in series:
             points = series[tag]
@@ -174,7 +204,7 @@ def main() -> None:
                 f"{tag}: {points.start:.4f} at step {points.steps[0]:,} -> {points.end:.4f} at step "
                 f"{points.steps[-1]:,} ({len(points.steps):,} points)"
             )
-    print(output)
+    print(output, page, sep="\n")
 
 
 if __name__ == "__main__":

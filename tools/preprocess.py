@@ -13,6 +13,7 @@ The same command run again after a crash does only what is not recorded, and end
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -47,6 +48,16 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds from 0 on")
+    return value
 
 
 def _max_rejected(text: str) -> float:
@@ -139,7 +150,7 @@ def settings_of(args: argparse.Namespace) -> "Settings":
     """The settings of workers that the flags choose."""
     from megatron_hybrid.tools.corpus.worker import Settings
 
-    return Settings(args.on_error, args.backend)
+    return Settings(args.on_error, args.backend, args.stall_seconds)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -165,7 +176,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _remove_work(folder, bool(args.output_prefix))
         return done
     try:
-        run_plan(folder, settings_of(args), args.workers, f"local-{os.getpid()}")
+        run_plan(folder, settings_of(args), args.workers, f"local-{os.getpid()}", args.engine)
         return finish_run(args)
     except ToolError:
         _drop_empty_work(folder, args)
@@ -221,7 +232,7 @@ def work(args: argparse.Namespace) -> None:
     from megatron_hybrid.tools.corpus.pool import DRAINED_STATUS, Drained, run_plan
 
     try:
-        run_plan(work_folder(args), settings_of(args), args.workers, args.run_id)
+        run_plan(work_folder(args), settings_of(args), args.workers, args.run_id, args.engine)
     except Drained as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(DRAINED_STATUS)
@@ -308,6 +319,10 @@ def _add_work_flags(result: argparse.ArgumentParser) -> None:
         "--backend", choices=("auto", "reference", "fastokens", "gigatoken"), default="auto",
         help="encoder; fast ones are compared with the reference all along (default: auto, fastokens where it can)",
     )  # fmt: skip
+    result.add_argument(
+        "--stall-seconds", type=_seconds, default=600.0, metavar="S",
+        help="a worker that reports nothing for so long is ended and its shard redone (default: 600; 0: never)",
+    )  # fmt: skip
 
 
 def _add_finish_flags(result: argparse.ArgumentParser) -> None:
@@ -319,6 +334,9 @@ def _add_finish_flags(result: argparse.ArgumentParser) -> None:
         "--prefix-bytes", type=parse_bytes, default=32 * GIB, metavar="SIZE",
         help="size of the .bin files of --output-dir (default: 32G; more if there would be over 300)",
     )  # fmt: skip
+    result.add_argument(
+        "--upload-to", metavar="URL", help="copy the finished datasets to this folder of object storage too (s3://...)"
+    )
 
 
 def parser(command: str = "run") -> argparse.ArgumentParser:
@@ -338,6 +356,11 @@ def parser(command: str = "run") -> argparse.ArgumentParser:
         _add_work_flags(result)
     if command in ("run", "finish", "slurm"):
         _add_finish_flags(result)
+    if command in ("run", "work"):
+        result.add_argument(
+            "--engine", choices=("local", "ray"), default="local",
+            help="workers are processes here, or actors of the Ray cluster in RAY_ADDRESS (extra ray; default: local)",
+        )  # fmt: skip
     if command == "run":
         result.add_argument("--overwrite", action="store_true", help="replace a dataset of the same prefix")
     if command == "work":
@@ -365,6 +388,10 @@ def main() -> None:
     command = words.pop(0) if words and words[0] in COMMANDS else "run"
     args = parser(command).parse_args(words)
     started = time.perf_counter()
+    if getattr(args, "upload_to", None):
+        from megatron_hybrid.tools.corpus.upload import check_target
+
+        check_target(args.upload_to)
     if command == "plan":
         from megatron_hybrid.tools.corpus.calibrate import describe_plan
 
@@ -381,6 +408,13 @@ def main() -> None:
     else:
         content = finish_run(args) if command == "finish" else run(args)
         print(summary(args, content, time.perf_counter() - started))
+        if args.upload_to:
+            from megatron_hybrid.tools.corpus.upload import upload
+
+            copied = upload(
+                content, Path(args.output_prefix or args.output_dir), bool(args.output_prefix), args.upload_to
+            )
+            print(f"{args.upload_to}: {copied / 1e6:,.1f} MB copied and read back")
 
 
 if __name__ == "__main__":

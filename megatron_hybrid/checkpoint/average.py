@@ -67,8 +67,8 @@ def average(options: AverageOptions) -> str:
     name = folders[0].name if options.optimizer else RELEASE
     with new_folder(output, total_bytes, options.force) as working:
         write_json(working / SIDECAR_FILE, described)
-        write_mean(sources, names, options, described, working / name)
-        commit.adopt(working / name, first_s_description(folders[0]) if options.optimizer else {})
+        hashes = write_mean(sources, names, options, described, working / name)
+        commit.adopt(working / name, first_s_description(folders[0]) if options.optimizer else {}, hashes)
         (working / TRACKER_FILE).write_text(RELEASE if name == RELEASE else str(iteration_of(folders[0])))
         write_json(working / RECORD_FILE, record(options, folders, working / name, names))
     return f"{output}: the mean of {len(folders)} checkpoints, {len(names)} tensors, {total_bytes / 1e9:.3f} GB"
@@ -209,17 +209,19 @@ def write_mean(
     options: AverageOptions,
     described: dict[str, Any],
     folder: Path,
-) -> None:
-    """Writes the torch_dist folder, its mark of completeness last; what is no tensor is the first source's."""
+) -> dict[str, dict[str, Any]]:
+    """Writes the torch_dist folder, its mark of completeness last; what is no tensor is the first source's.
+
+    Returns:
+        The hashes of its files.
+    """
     folder.mkdir()
-    writer = DcpWriter(folder)
-    complete = False
-    try:
-        with byte_progress_bar("average", sum(stored_bytes(sources[0], name) for name in names)) as bar:
-            for name in names:
-                value = mean(sources, name, options.weights)
-                writer.add_tensor(name, value)
-                bar.update(value.nbytes)
+    total_bytes = sum(stored_bytes(sources[0], name) for name in names)
+    with DcpWriter(folder) as writer, byte_progress_bar("average", total_bytes) as bar:
+        for name in names:
+            value = mean(sources, name, options.weights)
+            writer.add_tensor(name, value)
+            bar.update(value.nbytes)
         for name in sources[0].objects:
             if options.optimizer or "_extra_state" in name:
                 with sources[0].open_object(name) as handle:
@@ -227,12 +229,8 @@ def write_mean(
         if not options.optimizer:
             state = common_state(config_from_sidecar(described, str(sources[0].folder.parent / SIDECAR_FILE)), None)
             writer.add_object("common_state/shard_0_1", [state])
-        complete = True
-    finally:
-        if not complete:
-            writer.abandon()
-    writer.finish()
     shutil.copyfile(sources[0].folder / CONFIG_FILE, folder / CONFIG_FILE)
+    return writer.hashes
 
 
 def iteration_of(folder: Path) -> int:

@@ -157,11 +157,14 @@ def reject(folder: Path, reason: str) -> None:
     retract(folder)
 
 
-def adopt(folder: Path, description: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def adopt(
+    folder: Path, description: Mapping[str, Any] | None = None, hashes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Commit a torch_dist folder that something else saved: hash what is there and take it for right.
 
     Args:
         description: as in `finish`, where it is known.
+        hashes: `hash_file` of each `.distcp` by name, from whoever wrote it; None to read them all.
 
     Raises:
         ToolError: it is no finished torch_dist save, or is complete already.
@@ -175,7 +178,9 @@ def adopt(folder: Path, description: Mapping[str, Any] | None = None) -> dict[st
         raise ToolError(f"{folder}: name is neither iter_NNNNNNN nor release; Megatron would not find it")
     for path in sorted(folder.glob("*.distcp")):
         _to_disk(path)
-    write_json(folder / "hashes_00000.json", {path.name: hash_file(path) for path in sorted(folder.glob("*.distcp"))})
+    if hashes is None:
+        hashes = {path.name: hash_file(path) for path in sorted(folder.glob("*.distcp"))}
+    write_json(folder / "hashes_00000.json", hashes)
     return finish(folder, 0 if folder.name == "release" else int(digits), {**(description or {}), "adopted": True})
 
 

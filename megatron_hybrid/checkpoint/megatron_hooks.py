@@ -25,6 +25,8 @@ EXPECTED = {
         "read_metadata": "4097e86b47f78c9b",
         "_load_base_checkpoint": "9a7e9e8de2428c67",
         "_async_delete_checkpoint_impl": "be821becfe6fc1e7",
+        "load_checkpoint": "4f03d48a79382b8c",
+        "_maybe_setup_gpt_to_hybrid_load": "2347cabda1a14445",  # training/stage_change.py
     },
     "megatron.training.training": {
         "train": "3c2299658ae7928b",

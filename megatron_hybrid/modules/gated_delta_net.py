@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -32,6 +33,7 @@ from megatron_hybrid.kernels.gated_delta import mixer_core
 from megatron_hybrid.modules.fp32_parameters import keeping_fp32, support_in_optimizers
 from megatron_hybrid.modules.init import Sampler, TruncatedNormal, init_sharded_, sample_a_log, sample_dt_bias
 from megatron_hybrid.modules.norms import HeadNorm, shared_by_heads
+from megatron_hybrid.modules.recompute import NORM_OUT, Recomputed
 from megatron_hybrid.parallel import state_passing
 from megatron_hybrid.parallel.head_exchange import check_heads, share, to_heads, to_tokens
 from megatron_hybrid.parallel.head_padding import Part, describe_split, true_sizes, without_padding
@@ -60,6 +62,15 @@ class _Heads:
     conv_weight: torch.Tensor
     A_log: torch.Tensor
     dt_bias: torch.Tensor
+
+
+class StateObserver(Protocol):
+    """Is given the state after each document's last token, [N, H, K, V] fp32, where it is `wanted`."""
+
+    @property
+    def wanted(self) -> bool: ...
+
+    def __call__(self, states: torch.Tensor) -> None: ...
 
 
 class ShortConv(nn.Module):
@@ -97,6 +108,8 @@ class GatedDeltaNet(MegatronModule):
     sequence; the a|b one costs a second gather of [s, b, D]. Under context parallelism states are passed between
     ranks (`parallel/state_passing.py`), whatever the number of heads.
     """
+
+    state_observer: StateObserver | None = None
 
     def __init__(
         self,
@@ -136,6 +149,7 @@ class GatedDeltaNet(MegatronModule):
         self.output_gate = output_gate
         self.backend = backend
         self.states_every = states_every
+        self.recompute = config.recompute_granularity == "selective" and NORM_OUT in (config.recompute_modules or ())
         self.exchange_heads = cp_comm == "a2a"
         self.cp_exchange: state_passing.Exchange = "auto" if cp_comm == "a2a" else cp_comm
         if config.linear_num_value_heads % tp or config.linear_num_key_heads % tp:
@@ -236,14 +250,27 @@ class GatedDeltaNet(MegatronModule):
         """
         if inference_context is not None:
             raise NotImplementedError("GatedDeltaNet has no inference context: export the model to Hugging Face")
-        projected = self.in_proj(hidden_states)[0].transpose(0, 1)  # [b, s, (2·Hk·K + 2·H·V)]
-        ab = self.ab_proj(hidden_states)[0].transpose(0, 1)  # [b, s, 2·H]
+        projected = self.in_proj(hidden_states)[0]  # [s, b, (2·Hk·K + 2·H·V)]
+        ab = self.ab_proj(hidden_states)[0]  # [s, b, 2·H]
+        between = partial(self._between_projections, packed_seq_params=packed_seq_params)
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return self.out_proj(between(projected, ab))[0], None
+        recomputed = Recomputed(between, projected, ab)
+        output = self.out_proj(recomputed.output)[0]
+        recomputed.discard_until(output)
+        return output, None
+
+    def _between_projections(
+        self, projected: torch.Tensor, ab: torch.Tensor, packed_seq_params: PackedSeqParams | None
+    ) -> torch.Tensor:
+        """[s, b, 2·Hk·K + 2·H·V] and [s, b, 2·H] → [s, b, H·V], contiguous."""
+        projected, ab = projected.transpose(0, 1), ab.transpose(0, 1)
         if self.pg_collection.cp.size() > 1:
             y = self._context_parallel(projected, ab, packed_seq_params)
         else:
             bounds = packed_seq_params.cu_seqlens_q if packed_seq_params is not None else None
             y = self._mix(projected, ab, self._heads(), cu_seqlens=bounds)
-        return self.out_proj(y.transpose(0, 1).contiguous())[0], None
+        return y.transpose(0, 1).contiguous()
 
     def _heads(self) -> _Heads:
         return _Heads(self.key_heads, self.value_heads, self.conv1d.weight, self.A_log, self.dt_bias)
@@ -288,10 +315,14 @@ class GatedDeltaNet(MegatronModule):
         """
         channels = 2 * heads.key_heads * self.key_dim + heads.value_heads * self.value_dim
         halo, pass_states = None, None
+        observer = self.state_observer if self.training else None
+        observer = observer if observer is not None and observer.wanted else None
         if routes is not None:
             halo = state_passing.conv_halo(projected[0, :, :channels], routes, self.pg_collection.cp)
             pass_states = state_passing.passing(routes, self.pg_collection.cp, self.cp_exchange)
-        return mixer_core(
+            if observer is not None:
+                pass_states = state_passing.observed(pass_states, routes, observer)
+        y, final = mixer_core(
             projected,
             ab,
             heads.conv_weight,
@@ -306,10 +337,14 @@ class GatedDeltaNet(MegatronModule):
             norm_eps=self.out_norm.eps,
             cu_seqlens=cu_seqlens,
             conv_halo=halo,
+            output_final_state=observer is not None and pass_states is None,
             states_every=self.states_every,
             pass_states=pass_states,
             backend=self.backend,
-        )[0]
+        )
+        if observer is not None and final is not None:
+            observer(final)
+        return y
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

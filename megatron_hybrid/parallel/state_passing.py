@@ -10,7 +10,6 @@ Letters: W context-parallel size, P chain positions, N documents, H heads, K key
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
@@ -19,15 +18,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_hybrid.kernels import reference
+from megatron_hybrid.parallel.exchange_choice import scan_is_faster
 from megatron_hybrid.parallel.routes import HALO, Routes
 
 Exchange = Literal["auto", "all_gather", "scan"]
 Pair = tuple[torch.Tensor, torch.Tensor]
-
-#: For `choose_exchange`: what a message costs before its first byte, and bytes/s between nodes. Orders of magnitude
-#: of InfiniBand NDR; the choice depends on their product (1 MB) alone.
-LATENCY_S = 20e-6
-BYTES_PER_S = 50e9
 
 
 class _Gather(torch.autograd.Function):
@@ -108,24 +103,35 @@ def passing(routes: Routes, group: dist.ProcessGroup, exchange: Exchange = "auto
     return start
 
 
+def observed(
+    pass_states: reference.PassStates, routes: Routes, observe: Callable[[torch.Tensor], None]
+) -> reference.PassStates:
+    """`pass_states`; the rank with a document's end gives `observe` the states there, [N, H, K, V]. Zigzag only."""
+
+    def start(M: torch.Tensor, S: torch.Tensor) -> Callable[[], torch.Tensor]:
+        wait = pass_states(M, S)
+
+        def waited() -> torch.Tensor:
+            incoming = wait()
+            if routes.rank == routes.owner[-1]:
+                last = routes.summarised[-1]
+                with torch.no_grad():
+                    observe(M[last] @ incoming[last] + S[last])
+            return incoming
+
+        return waited
+
+    return start
+
+
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
 def choose_exchange(routes: Routes, pair_bytes: int) -> Exchange:
-    """`all_gather` or `scan`, whichever a latency-and-bandwidth model says is faster.
-
-    All-gather: one round, (W−1)·slots pairs received. Scan: ⌈log2 P⌉ rounds and a last shift, of at most `slots` pairs
-    each. A round costs LATENCY_S, a byte 1/BYTES_PER_S.
-
-    Args:
-        pair_bytes: bytes of one position's pair (M and S of all its documents and heads).
-    """
-    rounds = math.ceil(math.log2(len(routes.owner))) + 1
-    gathered = LATENCY_S + (routes.world - 1) * routes.slots * pair_bytes / BYTES_PER_S
-    scanned = rounds * (LATENCY_S + routes.slots * pair_bytes / BYTES_PER_S)
-    return "all_gather" if gathered <= scanned else "scan"
+    """`all_gather` or `scan`, whichever `exchange_choice` says is faster."""
+    return "scan" if scan_is_faster(routes.world, routes.slots, pair_bytes) else "all_gather"
 
 
 def _by_all_gather(M: torch.Tensor, S: torch.Tensor, routes: Routes, group: dist.ProcessGroup) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""How the mixers are: decay and beta of each Gated DeltaNet layer, gradient norms of the two kinds of mixer apart.
+"""How the mixers are: decay, beta and state of each Gated DeltaNet layer, gradient norms of both kinds of mixer apart.
 
-Measured in iterations that are logged, from the gates' projection and from the reduced gradients before clipping; the
-mixers themselves are not touched. One message over all ranks each time.
+Measured in iterations that are logged, from the gates' projection, from the states after the last token of each
+document (of each sequence, unless documents are masked), and from the reduced gradients before clipping. One message
+over all ranks each time.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ class Health:
     def __init__(self, layers: int) -> None:
         """layers: of the whole model."""
         self.enabled = True
-        #: [layers, 3]: sums over tokens and heads of decay and of saturation, and their number.
-        self._gates = torch.zeros(layers, 3, dtype=torch.float64)
+        #: [layers, 5]: sums over tokens and heads of decay and of saturation, and their number; sum over documents and
+        #: heads of the Frobenius norms of final states, and their number.
+        self._sums = torch.zeros(layers, 5, dtype=torch.float64)
         self._squares = torch.zeros(2, dtype=torch.float64)
         self._parameters: list[tuple[int, torch.nn.Parameter, Any]] = []
 
@@ -41,6 +43,7 @@ class Health:
             for module in chunk.modules():
                 if isinstance(module, GatedDeltaNet):
                     module.ab_proj.register_forward_hook(self._gate_hook(module))
+                    module.state_observer = _StateNorms(self, module.layer_number)
                 if isinstance(module, (GatedDeltaNet, OlmoAttention)):
                     kind = int(isinstance(module, OlmoAttention))
                     self._parameters += [(kind, param, leaves) for param in module.parameters()]
@@ -58,12 +61,14 @@ class Health:
             decay = (-mixer.A_log[:heads].exp() * F.softplus(a + mixer.dt_bias[:heads])).exp()
             share = b.sigmoid()
             saturated = (share < SATURATED) | (share > 1 - SATURATED)
-            self._gates = self._gates.to(a.device)
-            self._gates[mixer.layer_number - 1] += torch.stack(
-                [decay.sum().double(), saturated.sum().double(), torch.full_like(decay.sum(), decay.numel()).double()]
-            )
+            self.add(mixer.layer_number, 0, [decay.sum(), saturated.sum(), torch.full_like(decay.sum(), decay.numel())])
 
         return hook
+
+    def add(self, layer: int, first: int, values: list[torch.Tensor]) -> None:
+        """Add scalars to a layer's sums from the `first` on. layer: from 1."""
+        self._sums = self._sums.to(values[0].device)
+        self._sums[layer - 1, first : first + len(values)] += torch.stack([value.double() for value in values])
 
     def _before_clipping(self, grad_norm: Callable[[], Any]) -> Callable[[], Any]:
         def measuring() -> Any:
@@ -84,28 +89,44 @@ class Health:
             sums[kind].append(torch.linalg.vector_norm(grad, dtype=torch.float32).square())
         # Without the distributed optimizer all data-parallel ranks hold the whole gradient.
         copies = 1 if self._parameters and self._parameters[0][2] else _replicas()
-        device = self._parameters[0][1].device if self._parameters else self._gates.device
+        device = self._parameters[0][1].device if self._parameters else self._sums.device
         totals = [torch.stack(part).sum() if part else torch.zeros((), device=device) for part in sums]
         self._squares = torch.stack(totals).double() / copies
 
     def collect(self) -> tuple[dict[str, float], dict[str, float]]:
         """(for the log line, for the writers only), over all ranks and since the last call. Every rank calls it."""
-        message = torch.cat([self._gates.flatten(), self._squares.to(self._gates.device)])
+        message = torch.cat([self._sums.flatten(), self._squares.to(self._sums.device)])
         dist.all_reduce(message)
-        gates, squares = message[:-2].view(-1, 3).cpu(), message[-2:].cpu()
-        self._gates.zero_()
-        known = gates[:, 2] > 0
+        sums, squares = message[:-2].view(-1, 5).cpu(), message[-2:].cpu()
+        self._sums.zero_()
+        known = sums[:, 2] > 0
         line: dict[str, float] = {}
         layers: dict[str, float] = {}
-        if known.any():
-            means = gates[:, :2] / gates[:, 2:].clamp(min=1)
-            line = {"gdn decay": float(means[known, 0].mean()), "gdn beta saturated": float(means[known, 1].mean())}
-            for layer in known.nonzero().flatten().tolist():
-                layers[f"gdn decay/layer {layer + 1}"] = float(means[layer, 0])
-                layers[f"gdn beta saturated/layer {layer + 1}"] = float(means[layer, 1])
+        columns = {"gdn decay": (0, 2), "gdn beta saturated": (1, 2), "gdn state norm": (3, 4)}
+        for name, (column, count) in columns.items() if known.any() else ():
+            means = sums[:, column] / sums[:, count].clamp(min=1)
+            line[name] = float(means[known].mean())
+            layers |= {f"{name}/layer {layer + 1}": float(means[layer]) for layer in known.nonzero().flatten().tolist()}
         norms = squares.sqrt().tolist()
         line |= {f"grad norm {kind}": norm for kind, norm in zip(("gdn", "attention"), norms, strict=True) if norm}
         return line, layers
+
+
+class _StateNorms:
+    """The state observer of one layer."""
+
+    def __init__(self, health: Health, layer: int) -> None:
+        self.health, self.layer = health, layer
+
+    @property
+    def wanted(self) -> bool:
+        return self.health.enabled
+
+    @torch.no_grad()
+    def __call__(self, states: torch.Tensor) -> None:
+        """Empty documents, and heads that are padding, have states of zeros: they do not count."""
+        norms = torch.linalg.matrix_norm(states.float())
+        self.health.add(self.layer, 3, [norms.sum(), (norms > 0).sum()])
 
 
 def _range(leaves: list[DistributedOptimizer], param: torch.nn.Parameter) -> tuple[int, int | None]:

@@ -62,6 +62,10 @@ class Run:
         file = args.stop_file or (str(Path(args.save) / "STOP") if args.save else "")
         self.stop = stop.StopRequests(Path(file) if file else None, say)
         self.stop.listen()
+        if args.keep_moments:
+            from megatron_hybrid.training import stage_change
+
+            stage_change.install(say)
         args.exit_signal_handler = True  # Megatron's loop asks its handler once a step
         global_vars._GLOBAL_SIGNAL_HANDLER = self.stop
         self.guard = NonFiniteGuard(args.max_nonfinite_steps)

@@ -94,6 +94,59 @@ def test_killed_at_every_step_of_a_save(tmp_path: Path) -> None:
     assert killed >= 10, killed
 
 
+def _traced(rank: int, root: Path, log: Path) -> None:
+    """A save, with what goes to the disk and what is renamed, in that order and by whatever process, in `log`."""
+    fsync, replace = os.fsync, os.replace
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def tracing_fsync(handle: int) -> None:
+        fsync(handle)
+        os.write(descriptor, f"disk {os.readlink(f'/proc/self/fd/{handle}')}\n".encode())
+
+    def tracing_replace(source: Any, target: Any) -> None:
+        replace(source, target)
+        os.write(descriptor, f"renamed {source} {target}\n".encode())
+
+    os.fsync, os.replace = tracing_fsync, tracing_replace
+    megatron_hooks.install(megatron_hooks.Checkpoints(dict, lambda line: None))
+    _save(root, 10)
+
+
+def test_all_is_on_disk_before_complete_and_complete_before_the_pointer(tmp_path: Path) -> None:
+    root, log = tmp_path / "run", tmp_path / "log"
+    root.mkdir()
+    run_ranks(_traced, 2, root, log)
+    lines = [line.split() for line in log.read_text().splitlines()]
+    folder = root / "iter_0000010"
+    when = {words[2]: (at, words[1]) for at, words in enumerate(lines) if words[0] == "renamed"}
+
+    def on_disk(path: object, before: int) -> bool:
+        return ["disk", str(path)] in lines[:before]
+
+    complete, source = when[str(folder / commit.COMPLETE)]
+    names = commit.read_json(folder / commit.MANIFEST)["files"]
+    assert sum(name.endswith(".distcp") for name in names) == 2
+    for name in names:
+        at, written = when.get(str(folder / name), (complete, folder / name))
+        assert on_disk(folder / name, complete) or on_disk(written, at), name
+    manifest, written = when[str(folder / commit.MANIFEST)]
+    pointer, pointed = when[str(root / "latest_checkpointed_iteration.txt")]
+    assert on_disk(written, manifest) and manifest < complete and on_disk(source, complete)
+    assert ["disk", str(folder)] in lines[manifest:complete] and ["disk", str(folder)] in lines[complete:pointer]
+    assert on_disk(pointed, pointer) and ["disk", str(root)] in lines[pointer:]
+
+
+def test_what_is_being_removed_is_no_checkpoint_any_more(tmp_path: Path) -> None:
+    _committed(tmp_path, 10, 20)
+    left: list[list[int]] = []
+
+    def removing(save_path: str, iteration: int) -> None:
+        left.append([candidate.iteration for candidate in discovery.survey(Path(save_path)).complete])
+
+    megatron_hooks.delete(removing, str(tmp_path), 10)
+    assert left == [[20]]
+
+
 def _agree(rank: int, root: Path, other_view: Path | None) -> Any:
     view = other_view if rank and other_view else root
     wish = Wish(load=view, save=view)

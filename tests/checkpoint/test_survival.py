@@ -8,50 +8,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from megatron_hybrid.tools.indexed_dataset import IndexedDatasetWriter
-from megatron_hybrid.tools.plot_run import read_series
-from tests.checkpoint.runs import STEPS, VOCAB, arguments, kill_all_at, latest, loading, train, weights_and_moments
+from tests.checkpoint.runs import STEPS, arguments, assert_same, kill_all_at, loading, train
 from tests.parallel.ranks import run_ranks
 
 ASYNC = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    prefix = tmp_path_factory.mktemp("data") / "text"
-    generator = np.random.default_rng(0)
-    with IndexedDatasetWriter(prefix, VOCAB) as writer:
-        for _ in range(20):
-            writer.add_document(generator.integers(0, VOCAB - 1, size=100))
-        writer.commit()
-    return prefix
-
-
-@pytest.fixture(scope="module")
-def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("straight")
-    assert run_ranks(train, 2, run, arguments(data, run)) == [0, 0]
-    assert json.loads((run / "checkpoints" / "TRAINING_COMPLETE").read_text())["iteration"] == STEPS
-    return run
-
-
-def _assert_same(straight: Path, run: Path) -> None:
-    """Every step's loss, gradient norm, samples and random state, and the last weights and moments, bit by bit."""
-    expected, found = (read_series(folder / "tensorboard") for folder in (straight, run))
-    for tag in ("lm loss", "grad-norm"):
-        assert list(found[tag].steps) == list(range(1, STEPS + 1))
-        np.testing.assert_array_equal(found[tag].values, expected[tag].values, err_msg=tag)
-    for rank in (0, 1):
-        for name in (f"samples_{rank}", f"rng_{rank}"):
-            assert latest(run / name) == latest(straight / name), name
-    ours, theirs = weights_and_moments(run, STEPS), weights_and_moments(straight, STEPS)
-    assert set(ours) == set(theirs) and len(ours) > 20
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
 
 
 @pytest.mark.parametrize("flags", [[], ASYNC], ids=["sync", "async"])
@@ -63,7 +26,7 @@ def test_killed_and_resumed_is_the_run_that_was_not_killed(
         run_ranks(train, 2, tmp_path, arguments(data, tmp_path, *flags), kill_all_at(5, written))
     assert not list((tmp_path / "checkpoints").glob("*_*CLEAN")) + list((tmp_path / "checkpoints").glob("TRAIN*"))
     assert run_ranks(train, 2, tmp_path, arguments(data, tmp_path, *flags, *loading(tmp_path))) == [0, 0]
-    _assert_same(straight, tmp_path)
+    assert_same(straight, tmp_path)
 
 
 def _ask(how: str, run: Path) -> Any:
@@ -92,7 +55,7 @@ def test_asked_to_stop_all_ranks_stop_after_one_step(
     if how == "SIGTERM":
         assert run_ranks(train, 2, tmp_path, arguments(data, tmp_path, *loading(tmp_path))) == [0, 0]
         assert sorted(path.name for path in folder.glob("[ST]*_*")) == ["TRAINING_COMPLETE"]
-        _assert_same(straight, tmp_path)
+        assert_same(straight, tmp_path)
 
 
 def _poison(rank: int, iteration: int) -> None:

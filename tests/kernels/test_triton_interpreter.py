@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.kernels import gated_delta, reference
+from megatron_hybrid.modules.recompute import Recomputed
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
@@ -268,3 +269,44 @@ def test_split_covers_with_powers_of_two(size: int) -> None:
     first, second = split_dim(size)
     assert first & (first - 1) == 0 and second & (second - 1) == 0
     assert size <= first + second <= max(32, size * 4 // 3)
+
+
+def test_bytes_kept_for_the_backward() -> None:
+    """What docs/recipe.md counts per token, with and without --recompute-modules gdn_norm_out."""
+    (Hk, H, K, V), B, T, size, states_every = SMALL, 1, 128, 4, 2  # fp32 here; the docs count bf16
+    x = {name: value.float().requires_grad_() for name, value in mixer_inputs(B, T, SMALL).items()}
+    weights = {name: value for name, value in x.items() if name not in ("qkvz", "ab")}
+    out_weight = rand(8, H * V, seed=9).float().requires_grad_()
+
+    def core(qkvz: Tensor, ab: Tensor) -> Tensor:
+        return gated_delta.mixer_core(
+            qkvz, ab, **weights, num_key_heads=Hk, num_value_heads=H, key_dim=K, value_dim=V,
+            states_every=states_every, backend="triton",
+        )[0]  # fmt: skip
+
+    def kept(recompute: bool) -> tuple[float, Tensor]:
+        saved: list[Tensor] = []
+        ours = {value.untyped_storage().data_ptr() for value in (*weights.values(), out_weight)}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            if recompute:
+                recomputed = Recomputed(core, x["qkvz"], x["ab"])
+                out = recomputed.output @ out_weight.t()
+                recomputed.discard_until(out)
+                saved += recomputed._inputs
+            else:
+                out = core(x["qkvz"], x["ab"]) @ out_weight.t()
+        storages = {id_: s.nbytes() for s in (t.untyped_storage() for t in saved) if (id_ := s.data_ptr()) not in ours}
+        out.square().sum().backward()
+        gradients = torch.cat([value.grad.flatten() for value in (*x.values(), out_weight)])
+        for value in (*x.values(), out_weight):
+            value.grad = None
+        return sum(storages.values()) / (B * T), gradients
+
+    inputs = size * (2 * Hk * K + 2 * H * V + 2 * H)
+    states = 4 * H * K * V / (64 * states_every)
+    conv = 4 * (2 * Hk * K + H * V) * size / (B * T)  # the padded copy of the weight
+    whole, expected = kept(False)
+    less, found = kept(True)
+    assert whole == pytest.approx(inputs + size * H * V + (64 * size + 8) * H + states + conv, abs=1)
+    assert less == inputs
+    assert torch.equal(found, expected)

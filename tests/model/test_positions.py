@@ -13,8 +13,15 @@ from transformers import OlmoHybridForCausalLM
 
 from megatron_hybrid.checkpoint import sidecar
 from megatron_hybrid.modules.attention import OlmoAttention
-from megatron_hybrid.tools.convert.hf_config import hf_config
-from megatron_hybrid.tools.hf_mapping import tensor_rules, to_hf
+from megatron_hybrid.tools.convert.hf_config import hf_config, read_hf_config
+from megatron_hybrid.tools.convert.model_flags import training_flags
+from megatron_hybrid.tools.hf_mapping import (
+    REQUIRED_OPTIONS,
+    config_from_sidecar,
+    sidecar_values,
+    tensor_rules,
+    to_hf,
+)
 from tests.model.test_huggingface_parity import CONFIG, LENGTHS, TOLERANCE, tokens
 from tests.parallel import tiny
 from tests.parallel.compare import differences, measure
@@ -127,9 +134,16 @@ def test_fused_rotary_embeddings_are_refused_with_yarn() -> None:
         run_ranks(_fused, 1)
 
 
-def test_the_checkpoint_says_yarn() -> None:
-    """What knows no YaRN then refuses to export it, rather than exporting a model without positions."""
-    assert sidecar._yarn(_Args()) == {key: value for key, value in YARN.items() if key != "rope_theta"}  # type: ignore[arg-type]
+def test_yarn_is_exported_and_read_back(tmp_path: Path) -> None:
+    """With the parameters under which transformers has our logits, above."""
+    values = {**sidecar_values(CONFIG), "format": 1, **REQUIRED_OPTIONS, "rope_theta": 5e5}
+    config = config_from_sidecar({**values, "rope_scaling": sidecar._yarn(_Args())}, "sidecar")  # type: ignore[arg-type]
+    written = hf_config(config, "float32")
+    assert written["rope_parameters"] == YARN
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert read_hf_config(tmp_path, CONFIG.true_vocab_size) == config
+    flags = " ".join(training_flags(config))
+    assert "--position-embedding-type yarn --rotary-scaling-factor 8.0 " in flags and "--no-rope-fusion" in flags
 
 
 class _Args:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.parallel.compare import one_rank
 from tests.parallel.ranks import run_ranks
+from tests.parallel.tiny import Layout
 
 
 @pytest.fixture(scope="session")
@@ -20,4 +21,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def references(weights: Path) -> dict[bool, dict[str, Any]]:
     """{packed: results of one rank}."""
-    return {packed: run_ranks(one_rank, 1, weights / str(packed), None, packed)[0] for packed in (False, True)}
+    return {
+        packed: run_ranks(one_rank, 1, weights / str(packed), None, Layout(packed=packed))[0]
+        for packed in (False, True)
+    }

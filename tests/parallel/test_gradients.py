@@ -7,21 +7,18 @@ from typing import Any
 
 import pytest
 
-from megatron_hybrid import model
 from megatron_hybrid.config import HybridConfig
 from tests.parallel import tiny
-from tests.parallel.compare import INTERLEAVED, STAGES, TOLERANCE, assert_same, differences, measure, one_rank, split
+from tests.parallel.compare import STAGES, TOLERANCE, assert_same, differences, one_rank, split
 from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import Layout
 
 LAYOUTS = [
     Layout(tp=3, sp=True),
-    Layout(pp=2, pattern="GGG*GG|G*"),
-    Layout(pp=2, pattern=INTERLEAVED),
+    Layout(pp=2, pattern="GGG|*"),
     Layout(dp=2),
     Layout(dp=2, distributed_optimizer=True),
     Layout(pp=2, pattern=STAGES, cp=2, distributed_optimizer=True),
-    Layout(tp=2, pp=2, pattern=INTERLEAVED, distributed_optimizer=True),
 ]
 
 
@@ -40,7 +37,7 @@ def test_gradients_are_large_enough_to_compare(references: dict[bool, dict[str, 
     ("broken", "parameter"),
     [
         ("head norm gradient stays on its rank", "out_norm.weight"),
-        ("q/k norm statistics stay on their rank", "loss"),
+        ("q/k norm statistics stay on their rank", "linear_qkv.weight"),
         ("q/k statistics are not reduced in backward", "linear_qkv.weight"),
     ],
     ids=lambda value: str(value),
@@ -65,21 +62,3 @@ def test_other_architectures_split_too(options: HybridConfig, tmp_path: Path) ->
     layout = Layout(tp=2)
     reference = run_ranks(one_rank, 1, tmp_path / "weights", options)[0]
     assert_same(reference, run_ranks(split, layout.ranks, layout, tmp_path / "weights", options))
-
-
-def _interleaved_in_batches(rank: int, folder: Path, checked: bool) -> dict[str, Any]:
-    layout = Layout(pp=2, pattern=INTERLEAVED, overrides={"overlap_p2p_comm": False, "batch_p2p_comm": True})
-    if not checked:
-        model._check_interleaving = lambda config, pattern: None
-    chunks = tiny.build(layout)
-    tiny.load_weights(chunks, folder)
-    return measure(layout, chunks)
-
-
-def test_interleaved_stages_on_two_ranks_need_overlapped_messages(
-    references: dict[bool, dict[str, Any]], weights: Path
-) -> None:
-    with pytest.raises(AssertionError, match=r"overlap_p2p_comm=False with pipeline size 2 and 4 stages"):
-        run_ranks(_interleaved_in_batches, 2, weights / "False", True)
-    unchecked = run_ranks(_interleaved_in_batches, 2, weights / "False", False)
-    assert max(differences(references[False], unchecked).values()) > 100 * TOLERANCE

@@ -11,16 +11,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_hybrid import pretrain
+from megatron_hybrid import compat, pretrain
+from megatron_hybrid.checkpoint import sidecar
+from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.flags import compose
+from megatron_hybrid.presets import PRESETS
+from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.convert import ExportOptions, export
-from megatron_hybrid.tools.convert.hf_config import hf_config
+from megatron_hybrid.tools.convert.hf_config import hf_config, read_hf_config
 from megatron_hybrid.tools.convert.model_flags import training_flags
 from megatron_hybrid.tools.convert.output_folder import write_json
 from megatron_hybrid.tools.convert.to_megatron import ImportOptions, import_model
 from megatron_hybrid.tools.convert.to_olmo_core import OlmoCoreOptions, export_olmo_core
 from megatron_hybrid.tools.dcp_reader import TorchDistCheckpoint
-from megatron_hybrid.tools.hf_mapping import ModelConfig
+from megatron_hybrid.tools.hf_mapping import ModelConfig, config_from_sidecar, hf_tensor_shapes
 from megatron_hybrid.tools.indexed_dataset import IndexedDatasetWriter
 from megatron_hybrid.tools.plot_run import read_series
 from tests.parallel.ranks import run_ranks
@@ -136,6 +142,7 @@ def test_a_run_moves_to_olmo_core_and_back_and_goes_on(tmp_path: Path) -> None:
     straight, first, moved = (tmp_path / name for name in ("straight", "first", "moved"))
     run_ranks(_train, 1, _arguments_of_a_run(prefix, straight, *flags))
     run_ranks(_train, 1, _arguments_of_a_run(prefix, first, *flags, "--exit-interval", "3"))
+    _assert_round_trip_of_weights(first / "checkpoints", tmp_path)
     export_olmo_core(OlmoCoreOptions(first / "checkpoints", tmp_path / "core", optimizer=True))
     options = ImportOptions(tmp_path / "core", moved / "checkpoints", config=tmp_path / "core" / "huggingface")
     options = replace(options, optimizer=True, global_batch_size=4, lr=3e-3, min_lr=3e-4, true_vocab_size=VOCAB - 1)
@@ -149,3 +156,70 @@ def test_a_run_moves_to_olmo_core_and_back_and_goes_on(tmp_path: Path) -> None:
     for tag in ("lm loss", "grad-norm", "learning-rate"):
         assert list(found[tag].steps) == [4, 5, 6]
         np.testing.assert_array_equal(found[tag].values, expected[tag].values[3:], err_msg=tag)
+
+
+def _assert_round_trip_of_weights(trained: Path, folder: Path) -> None:
+    """What training has saved, to Hugging Face and back: the same tensors, bit for bit."""
+    export(ExportOptions(trained, folder / "hf"))
+    import_model(ImportOptions(folder / "hf", folder / "again"))
+    one, other = (TorchDistCheckpoint(path) for path in (trained / "iter_0000003", folder / "again" / "release"))
+    for name in other.tensors:
+        assert torch.equal(one.read(name)[: other.stored(name).shape[0]], other.read(name)), name
+    assert len(other.tensors) > 60
+
+
+LADDER = [name for name in PRESETS if name.startswith("ladder-")]
+
+
+def _described(rank: int, flags: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """What the trainer says of the model that flags make, parsed by Megatron."""
+    from megatron.training import global_vars
+
+    common = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "100277", "--eval-iters", "0"]
+    found = {}
+    for name, words in flags.items():
+        own, rest = pretrain.own_arguments([*words, *common])
+        args = pretrain.parse([*compose(own.preset, rest, own.without), *compat.backend_flags([])])
+        args.padded_vocab_size = 100352
+        found[name] = sidecar.describe(args, HybridConfig.from_args(args), 100278, 100277)
+        global_vars.unset_global_variables()  # Megatron parses once a process
+    return found
+
+
+def test_every_ladder_preset_has_a_hugging_face_form(tmp_path: Path) -> None:
+    """Preset to config.json and back to flags: the same model, of the tensors that transformers gives it."""
+    assert len(LADDER) == 42
+    described = run_ranks(_described, 1, {name: ["--preset", name] for name in LADDER})[0]
+    flags = {}
+    for name, values in described.items():
+        if name.endswith("-gdn"):
+            with pytest.raises(ToolError, match=r"needs at least one \*; transformers refuses the model otherwise"):
+                config_from_sidecar(values, name)
+            continue
+        config = config_from_sidecar(values, name)
+        write_json(tmp_path / "config.json", hf_config(config, "bfloat16"))
+        read = read_hf_config(tmp_path, config.true_vocab_size)
+        flags[name] = training_flags(read)
+        if "-60m-" in name:
+            assert _shapes_of_transformers(tmp_path) == hf_tensor_shapes(config), name
+    chosen = {name: words for name, words in flags.items() if "-60m-" in name or "-1b-" in name}
+    again = run_ranks(_described, 1, chosen)[0]
+    for name in again:
+        assert config_from_sidecar(again[name], name) == config_from_sidecar(described[name], name), name
+
+
+def _shapes_of_transformers(folder: Path) -> dict[str, Any]:
+    """Names and shapes of the tensors of transformers' own model, its fused convolutions cut as on disk."""
+    config = AutoConfig.from_pretrained(str(folder))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith("linear_attn.conv1d.weight"):
+            keys = config.linear_num_key_heads * config.linear_key_head_dim
+            rows = (keys, keys, parameter.shape[0] - 2 * keys)
+            for part, count in zip("qkv", rows, strict=True):
+                found[name.replace("conv1d", f"{part}_conv1d")] = (count, *parameter.shape[1:])
+        else:
+            found[name] = tuple(parameter.shape)
+    return found

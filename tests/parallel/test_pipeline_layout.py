@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-from megatron_hybrid import flops, pretrain
+from megatron_hybrid import flops, model, pretrain
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.flags import FlagError, compose
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.parallel.pipeline_layout import Costs, Plan, plan, resolve
 from megatron_hybrid.parallel.pipeline_schedule import passes, play
 from megatron_hybrid.parallel.pipeline_search import Row, best_cuts
-from tests.parallel.compare import assert_same, one_rank, split
+from tests.parallel import tiny
+from tests.parallel.compare import TOLERANCE, assert_same, differences, measure, one_rank, split
 from tests.parallel.ranks import run_ranks
-from tests.parallel.tiny import PATTERN, Layout
+from tests.parallel.tiny import TWO_PERIODS, Layout
 
 PATTERN_7B = "GGG*" * 8
 
@@ -280,6 +281,11 @@ def test_unplanned_auto_is_not_ignored() -> None:
 # Real ranks
 
 
+def _layout(pattern: str, **more: Any) -> Layout:
+    """Of four microbatches: interleaved stages reach their steady state with these."""
+    return Layout(pattern=pattern, microbatches=4, **more)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("weights") / "reference"
@@ -287,23 +293,25 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(weights: Path) -> dict[str, Any]:
-    return run_ranks(one_rank, 1, weights, None)[0]
+    return run_ranks(one_rank, 1, weights, None, _layout(TWO_PERIODS))[0]
 
 
 def _planned(ranks: int, chunks: int, output: float) -> str:
     """A layout for tiny layers: attention a little dearer, an output layer worth `output` layers."""
-    layers = tuple({"g": 1.0} if symbol == "G" else {"a": 1.3} for symbol in PATTERN)
-    return plan(PATTERN, Costs(layers, {"embedding": 0.0}, {"output": output}, "ms"), ranks, chunks).pattern
+    layers = tuple({"g": 1.0} if symbol == "G" else {"a": 1.3} for symbol in TWO_PERIODS)
+    return plan(TWO_PERIODS, Costs(layers, {"embedding": 0.0}, {"output": output}, "ms"), ranks, chunks).pattern
 
 
+INTERLEAVED = "GG|G*|GGG|*"
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 LAYOUTS = {
-    "uneven": (Layout(pp=2, pattern=_planned(2, 1, 2.0)), "GGG*G|GG*"),
-    "interleaved": (Layout(pp=2, pattern=_planned(2, 2, 1.0)), "GG|G*|GGG|*"),
-    "four_stages_split_a_period": (Layout(pp=4, pattern=_planned(4, 1, 1.0)), "GGG|*G|GG|*"),
-    "output_layer_alone": (Layout(pp=3, pattern=_planned(3, 1, 6.0)), "GGG*|GGG*|"),
-    "output_layer_alone-recompute": (Layout(pp=3, pattern=_planned(3, 1, 6.0), overrides=RECOMPUTE), "GGG*|GGG*|"),
-    "embedding_and_output_alone-interleaved": (Layout(pp=2, pattern="|GGG*|GGG*|"), "|GGG*|GGG*|"),
+    "uneven": (_layout(_planned(2, 1, 2.0), pp=2), "GGG*G|GG*"),
+    "interleaved": (_layout(_planned(2, 2, 1.0), pp=2), INTERLEAVED),
+    "four_stages_split_a_period": (_layout(_planned(4, 1, 1.0), pp=4), "GGG|*G|GG|*"),
+    "output_layer_alone": (_layout(_planned(3, 1, 6.0), pp=3), "GGG*|GGG*|"),
+    "output_layer_alone-recompute": (_layout(_planned(3, 1, 6.0), pp=3, overrides=RECOMPUTE), "GGG*|GGG*|"),
+    "interleaved-tp2-distopt": (_layout(INTERLEAVED, tp=2, pp=2, distributed_optimizer=True), INTERLEAVED),
+    "embedding_and_output_alone-interleaved": (_layout("|GGG*|GGG*|", pp=2), "|GGG*|GGG*|"),
 }
 
 
@@ -316,6 +324,22 @@ def test_planned_layout_trains_as_one_rank(name: str, reference: dict[str, Any],
 
 def test_an_inner_stage_needs_a_layer(reference: dict[str, Any], weights: Path) -> None:
     """Why the planner leaves none empty: Megatron's checkpoint has nothing for a stage without parameters."""
-    layout = Layout(pp=3, pattern="GGG*||GGG*")
+    layout = _layout("GGG*||GGG*", pp=3)
     with pytest.raises(AssertionError, match="KeyError"):
         run_ranks(split, layout.ranks, layout, weights, None, "")
+
+
+def _interleaved_in_batches(rank: int, folder: Path, checked: bool) -> dict[str, Any]:
+    layout = _layout(INTERLEAVED, pp=2, overrides={"overlap_p2p_comm": False, "batch_p2p_comm": True})
+    if not checked:
+        model._check_interleaving = lambda config, pattern: None
+    chunks = tiny.build(layout)
+    tiny.load_weights(chunks, folder)
+    return measure(layout, chunks)
+
+
+def test_interleaved_stages_on_two_ranks_need_overlapped_messages(reference: dict[str, Any], weights: Path) -> None:
+    with pytest.raises(AssertionError, match=r"overlap_p2p_comm=False with pipeline size 2 and 4 stages"):
+        run_ranks(_interleaved_in_batches, 2, weights, True)
+    unchecked = run_ranks(_interleaved_in_batches, 2, weights, False)
+    assert max(differences(reference, unchecked).values()) > 100 * TOLERANCE

@@ -201,9 +201,17 @@ def test_without_the_sum_over_ranks_they_disagree() -> None:
         assert all(result["agree"] for result in results), "disagree"
 
 
-def _saved_and_loaded(rank: int, folder: Path) -> list[Any]:
-    """Window before saving, and after loading into a new optimizer."""
+#: Megatron's --dist-ckpt-optim-fully-reshardable, and its default.
+FORMATS = ("fully_reshardable", "dp_reshardable")
+
+
+def _saved_and_loaded(rank: int, root: Path) -> list[list[Any]]:
+    """For each format: window before saving, and after loading into a new optimizer, and what it then decides."""
     _shorten()
+    return [_window_through(rank, root / sharding, sharding) for sharding in FORMATS]
+
+
+def _window_through(rank: int, folder: Path, sharding: str) -> list[Any]:
     windows, skips = [], []
     for resumed in (False, True):
         layout = Layout(dp=2, distributed_optimizer=True, pattern=SHORT)
@@ -212,7 +220,7 @@ def _saved_and_loaded(rank: int, folder: Path) -> list[Any]:
         tiny.forward_step = partial(forward_step, observe=guard.observe)
         trainer = tiny.Trainer(layout, chunks, lr=1e-3)
         guard.attach(trainer.optimizer)
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+        metadata = {"distrib_optim_sharding_type": sharding, "non_homogeneous_layers": True}
 
         def state(loading: bool = False, chunks: Any = chunks, trainer: Any = trainer, metadata: Any = metadata) -> Any:
             model = chunks[0].sharded_state_dict(metadata=dict(metadata))
@@ -240,6 +248,7 @@ def _saved_and_loaded(rank: int, folder: Path) -> list[Any]:
 
 
 def test_the_window_is_in_the_checkpoint(tmp_path: Path) -> None:
-    for before, after, skips in run_ranks(_saved_and_loaded, 2, tmp_path / "checkpoint"):
-        assert int(before["steps"]) == 5 and torch.equal(before["values"], after["values"])
-        assert torch.equal(before["steps"], after["steps"]) and skips == [1.0]
+    for formats in run_ranks(_saved_and_loaded, 2, tmp_path):
+        for sharding, (before, after, skips) in zip(FORMATS, formats, strict=True):
+            assert int(before["steps"]) == 5 and torch.equal(before["values"], after["values"]), sharding
+            assert torch.equal(before["steps"], after["steps"]) and skips == [1.0], sharding

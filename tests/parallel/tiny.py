@@ -1,7 +1,8 @@
 """A tiny OLMo-Hybrid on real Megatron-Core: build it in any layout, one training step, gradients in global form.
 
-It keeps what is awkward in the 7B: 6 heads, V = 2·K with K no power of two, an FFN width of its own, two periods of
-the pattern, an odd vocabulary, a sequence that is no multiple of the chunk.
+It keeps what is awkward in the 7B: 6 heads, V = 2·K with K no power of two, an FFN width of its own, an odd vocabulary,
+a sequence that is no multiple of the chunk. One period of the pattern and two microbatches, since every test pays for
+them; where stages interleave or are many, two periods and four.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from megatron.core.transformer.module import Float16Module
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
 from megatron_hybrid.model import build_model
+from megatron_hybrid.modules.recompute import allowing_norm_out
 from megatron_hybrid.parallel.head_padding import padded_config
 from megatron_hybrid.parallel.packed import pack
 from megatron_hybrid.training.loss import forward_step, sum_loss
 
-PATTERN = "GGG*GGG*"
-VOCAB, PADDED_VOCAB, SEQUENCE, MICROBATCH, MICROBATCHES = 187, 192, 72, 2, 4
+PATTERN, TWO_PERIODS = "GGG*", "GGG*GGG*"
+VOCAB, PADDED_VOCAB, SEQUENCE, MICROBATCH = 187, 192, 72, 2
 SIZES: dict[str, Any] = {
     "hidden_size": 96,
     "num_attention_heads": 6,
@@ -57,6 +59,7 @@ class Layout:
     cp: int = 1
     packed: bool = False
     pattern: str = PATTERN
+    microbatches: int = 2  # of all data-parallel ranks together
     distributed_optimizer: bool = False
     bf16: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -108,7 +111,9 @@ def make_config(layout: Layout, **overrides: Any) -> TransformerConfig:
     )
     if layout.vpp:
         settings.update(overlap_p2p_comm=True, batch_p2p_comm=False)
-    return padded_config(lambda values: TransformerConfig(**values), {**settings, **layout.overrides, **overrides})
+    return padded_config(
+        allowing_norm_out(lambda values: TransformerConfig(**values)), {**settings, **layout.overrides, **overrides}
+    )
 
 
 def build(layout: Layout, options: HybridConfig | None = None, rope: bool = True) -> list[torch.nn.Module]:
@@ -241,9 +246,9 @@ def packed_forward_step(batches: Iterator[Any] | None, model: torch.nn.Module) -
     return output, partial(sum_loss, mask, check_finite=False)
 
 
-def microbatches() -> Iterator[dict[str, torch.Tensor]]:
+def microbatches(total: int) -> Iterator[dict[str, torch.Tensor]]:
     """This data-parallel rank's share of the global batch."""
-    count = MICROBATCHES // parallel_state.get_data_parallel_world_size()
+    count = total // parallel_state.get_data_parallel_world_size()
     first = parallel_state.get_data_parallel_rank() * count
     yield from (sample(first + i) for i in range(count))
 
@@ -278,13 +283,13 @@ class Trainer:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        iterators = [microbatches() for _ in self.model]
+        iterators = [microbatches(self.layout.microbatches) for _ in self.model]
         step = packed_forward_step if self.layout.packed else partial(forward_step, check_finite=False)
         parts = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iterators if self.layout.vpp else iterators[0],
             model=self.model if self.layout.vpp else self.model[0],
-            num_microbatches=MICROBATCHES // self.layout.dp,
+            num_microbatches=self.layout.microbatches // self.layout.dp,
             seq_length=SEQUENCE * (MICROBATCH if self.layout.packed else 1),
             micro_batch_size=1 if self.layout.packed else MICROBATCH,
             forward_only=False,

@@ -348,11 +348,18 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_tokenizer_is_written_with_the_model_or_stops_the_export(
-    checkpoints: dict[int, Path], sentencepiece_model: Path, save_folder: Path, tmp_path: Path
+    checkpoints: dict[int, Path],
+    sentencepiece_model: Path,
+    save_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     summary = export(ExportOptions(checkpoints[1], tmp_path / "hf", tokenizer_model=sentencepiece_model))
     assert "AutoTokenizer gives the ids of SentencePiece" in summary
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    monkeypatch.delattr(to_huggingface, "write_shards")  # what is wrong shows before the first weight is read
+    with pytest.raises(ToolError, match=r"--tokenizer-model .*absent"):
+        export(ExportOptions(save_folder, tmp_path / "other", tokenizer_model=tmp_path / "absent"))
     describe(save_folder, true_vocab_size=372)
     with pytest.raises(ToolError, match=r"--tokenizer-model .* has 371 pieces, but .* true_vocab_size 372"):
         export(ExportOptions(save_folder, tmp_path / "other", tokenizer_model=sentencepiece_model))

@@ -79,11 +79,26 @@ def test_linear_qkv_holds_query_heads_key_value_group_by_group(config: ModelConf
     assert torch.equal(to_megatron(rule, tensors, config), torch.cat(expected))
 
 
-def test_linear_fc1_holds_gate_rows_then_up_rows() -> None:
+@pytest.mark.parametrize("memory", ["apart", "in order", "reversed", "with a gap"])
+def test_linear_fc1_holds_gate_rows_then_up_rows(memory: str) -> None:
+    """Nothing is copied where the two lie one after the other, and nothing else is taken for that."""
     tensors = random_hf_tensors(TINY)
-    stored = to_megatron(rule_of(TINY, "decoder.layers.0.mlp.linear_fc1.weight"), tensors, TINY)
-    assert torch.equal(stored[:88], tensors["model.layers.0.mlp.gate_proj.weight"])
-    assert torch.equal(stored[88:], tensors["model.layers.0.mlp.up_proj.weight"])
+    gate, up = (tensors[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+    both = torch.cat(
+        [up, gate] if memory == "reversed" else [gate, up[:1], up] if memory == "with a gap" else [gate, up]
+    )
+    given = {
+        "in order": (both[:88], both[88:]),
+        "reversed": (both[88:], both[:88]),
+        "with a gap": (both[:88], both[89:]),
+    }
+    pair = given.get(memory, (gate, up))
+    names = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")]
+    stored = to_megatron(
+        rule_of(TINY, "decoder.layers.0.mlp.linear_fc1.weight"), dict(zip(names, pair, strict=True)), TINY
+    )
+    assert torch.equal(stored, torch.cat([gate, up]))
+    assert (stored.data_ptr() == both.data_ptr()) == (memory == "in order")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Reading a run's TensorBoard files: resumed runs merge by step, empty ones say so, the picture is whole."""
 
+import base64
 import os
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def panels(path: Path) -> int:
     [
         pytest.param(["lm loss"], 1, id="loss"),
         pytest.param(["lm loss", "lm loss validation"], 1, id="loss-and-validation"),
-        pytest.param(["lm loss", "learning-rate", "grad-norm", "batch-size"], 3, id="loss-rate-norm"),
+        pytest.param(["lm loss", "learning-rate", "grad-norm", "tokens/s/GPU", "batch-size"], 4, id="all"),
     ],
 )
 def test_picture_has_a_panel_for_each_quantity(tmp_path: Path, tags: list[str], expected: int) -> None:
@@ -158,5 +159,10 @@ def test_command_line_prints_start_and_end_of_the_loss(tmp_path: Path, output: s
         return
     path = tmp_path / output if output else tmp_path / "run" / "loss.png"
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout == f"lm loss: 8.5000 at step 1 -> 6.0000 at step 3 (3 points)\n{path}\n"
+    assert (
+        run.stdout == f"lm loss: 8.5000 at step 1 -> 6.0000 at step 3 (3 points)\n{path}\n{path.with_suffix('.html')}\n"
+    )
     assert panels(path) == 1
+    page = path.with_suffix(".html").read_text()
+    assert base64.b64encode(path.read_bytes()).decode() in page and "http" not in page
+    assert "<tr><td>lm loss</td><td>3</td><td>8.5</td><td>6</td><td>6</td><td>8.5</td></tr>" in page

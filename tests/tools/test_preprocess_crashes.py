@@ -28,14 +28,14 @@ def write_corpus(folder: Path) -> Path:
     source = random.Random(3)
     words = ["quick", "brown", "fox", "lazy", "dog", "sleeps", "漢字", "\n", "12345"]
     for number in range(6):
-        lines = [json.dumps({"id": at, "text": " ".join(source.choices(words, k=60))}).encode() for at in range(1500)]
+        lines = [json.dumps({"id": at, "text": " ".join(source.choices(words, k=60))}).encode() for at in range(800)]
         lines[700] = b'{"text": null}'
         (folder / f"{number}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     return folder
 
 
 def command(corpus: Path, tokenizer: Path, output: list[str], workers: int) -> list[str]:
-    options = ["--append-eod", "--on-error", "quarantine", "--metadata-keys", "id", "--shard-bytes", "120K"]
+    options = ["--append-eod", "--on-error", "quarantine", "--metadata-keys", "id", "--shard-bytes", "64K"]
     options += ["--backend", "reference"]  # slow enough for the kills to find something to interrupt
     return [
         *TOOL,
@@ -55,8 +55,7 @@ def outputs(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("kind", ["one-dataset", "folder"])
+@pytest.mark.parametrize(("kind", "workers"), [("one-dataset", 2), ("folder", 1)])
 def test_killed_runs_end_with_the_same_bytes(tmp_path: Path, tokenizer_json: Path, workers: int, kind: str) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     flag = "--output-prefix" if kind == "one-dataset" else "--output-dir"
@@ -70,9 +69,9 @@ def test_killed_runs_end_with_the_same_bytes(tmp_path: Path, tokenizer_json: Pat
     source = random.Random(workers)
     kills = finished = 0
     words = command(corpus, tokenizer_json, [flag, str(storm / name)], workers)
-    while not finished or kills < KILLS / 4:
+    while not finished or kills < KILLS / 2:
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        moment = source.uniform(0.15, 0.7 * duration) if kills < KILLS / 4 else None
+        moment = source.uniform(0.15, 0.7 * duration) if kills < KILLS / 2 else None
         try:
             _, errors = process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
@@ -107,29 +106,49 @@ def test_killed_worker_is_replaced(tmp_path: Path, tokenizer_json: Path) -> None
     assert "a worker died (status -9) at shard" in errors and "another takes over" in errors
 
 
-def test_shard_that_kills_its_workers_ends_the_run(tmp_path: Path, tokenizer_json: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus")
-    (tmp_path / "sitecustomize.py").write_text(  # every worker dies at the second shard it reads
-        "import os, sys\n"
+def start_with_fault(folder: Path, corpus: Path, tokenizer: Path, fault: str, workers: int) -> "subprocess.Popen[str]":
+    """Starts a run whose workers do `fault` at shard 1, under a watchdog of some seconds."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
         "import megatron_hybrid.tools.corpus.shard as shard\n"
         "old = shard.ShardWork.run\n"
         "def run(work):\n"
         "    if work.shard.index == 1:\n"
-        "        os.kill(os.getpid(), 9)\n"
+        f"        {fault}\n"
         "    return old(work)\n"
         "shard.ShardWork.run = run\n"
     )
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    result = subprocess.run(
-        command(corpus, tokenizer_json, ["--output-prefix", str(tmp_path / "data")], 2),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        timeout=120,
+    environment = os.environ | {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
+    words = command(corpus, tokenizer, ["--output-prefix", str(folder / "data")], workers)
+    return subprocess.Popen(
+        [*words, "--stall-seconds", "8"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-    assert result.returncode == 1
-    assert "shard 1 (" in result.stderr and "2 workers died at it, the last with status -9" in result.stderr
+
+
+def test_workers_that_die_hang_or_end_silently_never_hang_the_run(tmp_path: Path, tokenizer_json: Path) -> None:
+    corpus, mark = write_corpus(tmp_path / "corpus"), str(tmp_path / "mark")
+    quiet = f"time.sleep(1000) if os.path.exists({mark!r}) else (open({mark!r}, 'w').close(), os._exit(0))"
+    faults = {  # workers, what they do, what the run says
+        "die": (2, "os.kill(os.getpid(), 9)", ["shard 1 (", "2 workers died at it, the last with status -9"]),
+        "end as if all was well, then hang while the heart beats": (
+            2,
+            quiet,
+            [
+                "a worker died (status 0) at shard 1; another takes over",
+                "2 workers died at it, the last with 8 s without a sign of life",
+            ],
+        ),
+        "hang, alone": (1, "time.sleep(1000)", ["Timeout (0:00:08)", "sitecustomize.py"]),
+    }
+    runs = [
+        start_with_fault(tmp_path / str(number), corpus, tokenizer_json, fault, workers)
+        for number, (workers, fault, _) in enumerate(faults.values())
+    ]
+    for process, (what, (_, _, messages)) in zip(runs, faults.items(), strict=True):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 1, what
+        assert all(message in errors for message in messages), (what, errors)
 
 
 def test_two_runs_in_one_folder_refuse_each_other(tmp_path: Path, tokenizer_json: Path) -> None:
@@ -204,7 +223,7 @@ def test_recorded_shard_whose_file_is_gone_is_done_again(tmp_path: Path, tokeniz
     (tmp_path / "data.work" / "shards" / "s000002.bin").unlink()
     again = run_plan(tmp_path / "data.work", Settings("skip", "auto"), 1, "here")
     assert {shard for shard, record in again.done.items() if record["id"] != ids[shard]} == {2}
-    assert run(args)["lines"] == 9000
+    assert run(args)["lines"] == 4800
 
 
 # ---- leases ----

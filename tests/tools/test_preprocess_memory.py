@@ -12,8 +12,8 @@ import pytest
 FULL = os.environ.get("MEGATRON_HYBRID_TEST_MEMORY", "small") == "full"  # 1 GB documents, 2 GB files: minutes
 MIB = 1 << 20
 LIMIT_BYTES = 400 * MIB
-SMALL_MB, LARGE_MB = (20, 2000) if FULL else (20, 160)
-DOCUMENT_MB = 1000 if FULL else 60
+SMALL_MB, LARGE_MB = (20, 2000) if FULL else (20, 80)
+DOCUMENT_MB = 1000 if FULL else 24
 
 RUN = (
     "import json, resource, sys\n"
@@ -46,16 +46,22 @@ def peak_memory(
     return peak, lines, documents, rejected
 
 
+LETTERS = bytes(97 + value % 26 for value in range(256))
+
+
 def novel_words(source: random.Random, size: int) -> str:
-    """Random words, no two of which need be equal: what makes unbounded caches grow."""
-    return " ".join(f"{source.getrandbits(40):x}" for _ in range(size // 11))
+    """Random words of eleven letters, no two of them equal: what fills caches."""
+    letters = source.randbytes(size).translate(LETTERS).decode()
+    return " ".join(letters[at : at + 11] for at in range(0, size, 12))
 
 
 def write_file(path: Path, megabytes: int) -> Path:
+    """1 MB of novel words, over and over: caches hold the same however large the file is."""
     source = random.Random(0)
+    lines = [json.dumps({"text": novel_words(source, 100_000)}) + "\n" for _ in range(10)]
     with open(path, "w") as handle:
-        for _ in range(megabytes * 10):
-            handle.write(json.dumps({"text": novel_words(source, 100_000)}) + "\n")
+        for _ in range(megabytes):
+            handle.writelines(lines)
     return path
 
 

@@ -1,14 +1,11 @@
-"""Many nodes: the rendered jobs run on a real Slurm of two nodes on this machine, where its programs are installed."""
+"""Many nodes: the rendered jobs run on a real Slurm, where its programs are installed."""
 
 import json
-import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,37 +13,10 @@ import pytest
 from megatron_hybrid.tools import preprocess
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.indexed_dataset import IndexedDatasetReader
+from tests.slurm.cluster import Cluster
+from tests.slurm.runs import make_site, submit, write_env
 
-NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
-PORTS = (16817, 16821, 16822)
 Command = Callable[..., str]
-
-CONFIGURATION = """
-ClusterName=t
-SlurmctldHost={host}(127.0.0.1)
-AuthType=auth/munge
-CryptoType=crypto/munge
-SlurmUser=root
-SlurmdUser=root
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
-SlurmctldPidFile={folder}/ctld.pid
-SlurmdPidFile={folder}/d-%n.pid
-SlurmctldLogFile={folder}/ctld.log
-SlurmdLogFile={folder}/d-%n.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-ReturnToService=2
-SlurmctldPort={ports[0]}
-JobAcctGatherType=jobacct_gather/none
-MpiDefault=none
-KillWait=5
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 State=UNKNOWN
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP
-"""
 
 
 @pytest.fixture
@@ -115,67 +85,32 @@ def test_signal_drains_and_the_next_start_goes_on(
     assert "2,000 lines = 2,000 documents" in command("finish", "--output-dir", out)
 
 
-@pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A cluster of two nodes on this machine; the environment its clients need."""
-    missing = [name for name in NEEDED if not shutil.which(name)]
-    if missing or os.geteuid() != 0:
-        pytest.skip(f"needs root and {', '.join(missing) or 'nothing more'}: packages slurm-wlm and munge")
-    host = socket.gethostname().split(".")[0]
-    folder = tmp_path / "slurm"
-    for name in ("state", "spool-n1", "spool-n2"):
-        (folder / name).mkdir(parents=True)
-    configuration = folder / "slurm.conf"
-    configuration.write_text(CONFIGURATION.format(host=host, folder=folder, ports=PORTS))
-    environment = os.environ | {"SLURM_CONF": str(configuration)}
-    started_munge = not Path("/run/munge/munged.pid").exists()
-    Path("/run/munge").mkdir(exist_ok=True)
-    shutil.chown("/run/munge", "munge", "munge")
-    subprocess.run(["munged", "--force"], check=False, capture_output=True)
-    subprocess.run(["slurmctld", "-f", str(configuration)], check=True, env=environment)
-    for node in ("n1", "n2"):
-        subprocess.run(["slurmd", "-N", node, "-f", str(configuration)], check=True, env=environment)
-    try:
-        deadline = time.monotonic() + 60
-        while "idle" not in (text := _output(["sinfo", "-h", "-o", "%T %D"], environment)) or "idle 2" not in text:
-            assert time.monotonic() < deadline, text
-            time.sleep(0.3)
-        yield environment
-    finally:
-        pid_files = [folder / "ctld.pid", folder / "d-n1.pid", folder / "d-n2.pid"]
-        for path in [*pid_files, *([Path("/run/munge/munged.pid")] if started_munge else [])]:
-            if path.exists():
-                os.kill(int(path.read_text()), signal.SIGTERM)
-        time.sleep(1)
-
-
-def _output(words: list[str], environment: dict[str, str]) -> str:
-    return subprocess.run(words, capture_output=True, text=True, env=environment, check=False).stdout
-
-
 def test_array_is_drained_requeued_and_finished_on_a_real_slurm(
-    tmp_path: Path, tokenizer_json: Path, command: Command, slurm: dict[str, str]
+    tmp_path: Path, tokenizer_json: Path, command: Command, slurm: Cluster
 ) -> None:
     out = planned(tmp_path, tokenizer_json, command, documents=4000)
     words = ["slurm", "--output-dir", out, "--tasks", 2, "--workers", 1, "--time", "00:10:00"]
     command(*words, "--backend", "reference")
     text = subprocess.run(
-        ["bash", str(out / "work" / "slurm" / "submit.sh")], capture_output=True, text=True, env=slurm, check=True
+        ["bash", str(out / "work" / "slurm" / "submit.sh")],
+        capture_output=True,
+        text=True,
+        env=slurm.environment,
+        check=True,
     ).stdout
     array = text.split()[1].rstrip(",")
     ledger = out / "work" / "ledger"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not (ledger.is_dir() and any(path.stat().st_size for path in ledger.iterdir())):
-        assert time.monotonic() < deadline, _output(["squeue"], slurm)
+        assert time.monotonic() < deadline, slurm.output("squeue")
         time.sleep(0.2)
-    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{array}_0"], check=True, env=slurm)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", f"{array}_0"], check=True, env=slurm.environment)
     requeued = False
     while not (out / "manifest.json").exists():
-        assert time.monotonic() < deadline, _output(["squeue"], slurm) + _logs(out)
+        assert time.monotonic() < deadline, slurm.output("squeue") + _logs(out)
         if not requeued and "queued again" in _logs(out):
             requeued = True
-            # A requeued job waits for two minutes otherwise.
-            subprocess.run(["scontrol", "update", f"jobid={array}_0", "StartTime=now"], check=False, env=slurm)
+            slurm.start_now(f"{array}_0")
         time.sleep(0.3)
     assert requeued, _logs(out)
     content = json.loads((out / "manifest.json").read_text())
@@ -189,3 +124,16 @@ def test_array_is_drained_requeued_and_finished_on_a_real_slurm(
 
 def _logs(out: Path) -> str:
     return "\n".join(path.read_text() for path in sorted((out / "work" / "slurm").glob("*.log")))
+
+
+def test_an_env_file_prepares_data_on_a_real_slurm(tmp_path: Path, tokenizer_json: Path, slurm: Cluster) -> None:
+    site = make_site(tmp_path / "site")
+    lines = [json.dumps({"text": f"document {number}"}) for number in range(50)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    words = f"--input {tmp_path}/in.jsonl --tokenizer-model {tokenizer_json} --append-eod --calibrate-seconds 0"
+    env = write_env(tmp_path / "data.env", ["NAME=data", f"PREPROCESS=({words})"], {})
+    done = submit("--site", site, env, environment=slurm.environment)
+    assert done.returncode == 0 and "data: array " in done.stdout, done.stderr
+    out = tmp_path / "site" / "tokens" / "data"
+    slurm.wait(lambda: "whole;" in _logs(out), 300, lambda: _logs(out))
+    assert json.loads((out / "manifest.json").read_text())["documents"] == 50

@@ -5,12 +5,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_hybrid.kernels import reference
+from megatron_hybrid.tools import hf_logits
+from megatron_hybrid.tools.convert import verify_models
 from megatron_hybrid.tools.convert.hf_config import hf_config
 from megatron_hybrid.tools.convert.output_folder import read_json, write_json
 from megatron_hybrid.tools.convert.to_huggingface import ExportOptions, export
@@ -18,23 +23,31 @@ from megatron_hybrid.tools.convert.to_megatron import ImportOptions, import_mode
 from megatron_hybrid.tools.convert.verify import VerifyOptions, verify
 from megatron_hybrid.tools.convert.verify_models import LENGTHS
 from megatron_hybrid.tools.convert.verify_rows import Row
+from megatron_hybrid.tools.hf_mapping import ModelConfig
+from tests.parallel.ranks import run_ranks
 from tests.tools.tiny_model import ROOT, TINY, random_hf_tensors, train_sentencepiece
 
 Tensors = dict[str, torch.Tensor]
+TEXT = "class Stack:\n    def push(self, item):\n        self.items += [item]\n" * 12
+BASELINE = replace(TINY, hybrid_layer_pattern="****", window_size=(15, 0), window_attn_skip_freq=4)
+
+
+def make_pair(folder: Path, config: ModelConfig) -> Path:
+    """A folder with `megatron` and `hf` of one model, and a `tokenizer.model`."""
+    (folder / "source").mkdir()
+    write_json(folder / "source" / "config.json", hf_config(config, "float32"))
+    tensors = {name: tensor * 0.1 for name, tensor in random_hf_tensors(config).items()}
+    tensors["lm_head.weight"] *= 10  # so that perplexity depends on the layers
+    save_file(tensors, folder / "source" / "model.safetensors")
+    train_sentencepiece(folder / "tokenizer.model")
+    import_model(ImportOptions(folder / "source", folder / "megatron", true_vocab_size=config.true_vocab_size))
+    export(ExportOptions(folder / "megatron", folder / "hf", tokenizer_model=folder / "tokenizer.model"))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `megatron` and `hf` of one model, and a `tokenizer.model`."""
-    folder = tmp_path_factory.mktemp("pair")
-    (folder / "source").mkdir()
-    write_json(folder / "source" / "config.json", hf_config(TINY, "float32"))
-    tensors = {name: tensor * 0.1 for name, tensor in random_hf_tensors(TINY).items()}
-    save_file(tensors, folder / "source" / "model.safetensors")
-    train_sentencepiece(folder / "tokenizer.model")
-    import_model(ImportOptions(folder / "source", folder / "megatron", true_vocab_size=TINY.true_vocab_size))
-    export(ExportOptions(folder / "megatron", folder / "hf", tokenizer_model=folder / "tokenizer.model"))
-    return folder
+    return make_pair(tmp_path_factory.mktemp("pair"), TINY)
 
 
 def rows_of(pair: Path, model: Path) -> dict[str, Row]:
@@ -47,7 +60,7 @@ def failed(rows: dict[str, Row]) -> str:
 
 
 def test_all_rows_hold_and_the_models_agree(pair: Path, tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("class Stack:\n    def push(self, item):\n        self.items += [item]\n" * 3)
+    (tmp_path / "text").write_text(TEXT)
     command = ["verify", "--checkpoint", pair / "megatron", "--model", pair / "hf", "--text", tmp_path / "text"]
     done = subprocess.run(
         [sys.executable, "-m", "megatron_hybrid.tools.convert", *map(str, command)],
@@ -163,3 +176,65 @@ def test_a_table_with_a_failing_row_ends_with_status_1(pair: Path, tmp_path: Pat
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ToolError, match=r"2 of 10 rows do not hold: weights, SHA-256"):
         print_verified(VerifyOptions(pair / "megatron", model, weights_only=True))
+
+
+def _megatron(rank: int, arguments: list[str], broken: str) -> None:
+    """`python -m megatron_hybrid.logits`, in this forked rank, with a fault in it."""
+    from megatron_hybrid import logits
+    from megatron_hybrid.parallel import packed
+
+    if broken == "state forgotten every 64 tokens":
+        scan = reference._scan_states
+
+        def forgetting(terms: Any, states: torch.Tensor, layout: Any) -> Any:
+            return torch.zeros_like(scan(terms, states, layout)[0]), terms.u, states
+
+        reference._scan_states = forgetting
+    elif broken == "packed documents see each other":
+        pack = packed.pack
+        packed.pack = lambda lengths, *more, **named: pack([sum(lengths)], *more, **named)
+    elif broken == "window one token wider":
+        arguments[arguments.index("15,0")] = "16,0"
+    else:
+        assert not broken
+    logits.main(arguments)
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path, str], dict[str, bool | None]]:
+    """Which rows hold with a fault in Megatron's half, each half run as its command line runs it."""
+
+    def of(pair: Path, broken: str) -> dict[str, bool | None]:
+        def run(name: str, command: list[str]) -> None:
+            if name == "hf_logits":
+                monkeypatch.setattr(sys, "argv", command[1:])
+                hf_logits.main()
+            else:
+                run_ranks(_megatron, 1, command[2:], broken)
+
+        monkeypatch.setattr(verify_models, "_run", run)
+        (tmp_path / "text").write_text(TEXT)
+        found = verify(VerifyOptions(pair / "megatron", pair / "hf", text=tmp_path / "text"))
+        assert all(row.holds for row in found[:6])
+        return {row.name: row.holds for row in found[6:]}
+
+    return of
+
+
+FAULTS: dict[str, list[str]] = {
+    "state forgotten every 64 tokens": ["logits, T=65", "logits, T=200", "logits, packed", "perplexity"],
+    "packed documents see each other": ["logits, packed"],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_model_shows(fault: str, pair: Path, rows: Any) -> None:
+    """Each in the rows that can know of it: what forgets every 64 tokens is right for 64, and for 48 greedy ones."""
+    assert [name for name, holds in rows(pair, fault).items() if not holds] == FAULTS[fault]
+
+
+def test_the_transformer_baseline_is_transformers_olmo3(tmp_path: Path, rows: Any) -> None:
+    (tmp_path / "pair").mkdir()
+    pair = make_pair(tmp_path / "pair", BASELINE)
+    assert all(rows(pair, "").values())
+    assert not any(rows(pair, "window one token wider").values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,8 @@ def run_export(arguments: dict[str, Any]) -> str:
 
 def main() -> None:
     """Entry point."""
+    # torch reads this once: large tensors in huge pages, or the kernel spends longer on new pages than on the copying.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     arguments = vars(build_parser().parse_args())
     command = arguments.pop("command")
     if command == "import":

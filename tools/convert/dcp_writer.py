@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import os
 import pickle  # only to write; nothing is loaded
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 from megatron_hybrid.tools.atomic_file import flush_to_disk, fsync_folder
 from megatron_hybrid.tools.cli import ToolError
@@ -23,17 +24,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # a rank that loads a part of a tensor reads whole chunks
-FILE_BYTES = 4 * 2**30
+FILE_BYTES = 2**30  # a file goes to the disk while the next is written, so at the end little is left to wait for
 
 
 class DcpWriter:
     """Writes `__LANE_N.distcp` files into a folder, and `.metadata` at the end, so that it says the rest is there.
 
+    In a with statement it finishes at the end of the block; where that raises, there is no `.metadata`. `hashes` has
+    then what `checkpoint.commit.hash_file` would say of each `.distcp` file, found while it was written.
+
     Args:
         folder: an existing empty folder.
         chunk_bytes: rows of a tensor are stored in blocks of at most this size.
         file_bytes: a file is closed and the next begun once it is this large.
-        lanes: threads that write, each into files of its own; each holds up to three blocks.
+        lanes: threads that write, each into files of its own; each holds up to five blocks.
     """
 
     def __init__(
@@ -41,8 +45,15 @@ class DcpWriter:
     ) -> None:
         self._folder, self._chunk_bytes = folder, chunk_bytes
         self._tensors: dict[str, Any] = {}
+        self.hashes: dict[str, dict[str, Any]] = {}
         self._lanes = [_Lane(folder, lane, file_bytes) for lane in range(lanes)]
         self._turn = itertools.cycle(self._lanes)
+
+    def __enter__(self) -> DcpWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.finish() if kind is None else self.abandon()
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Stores a contiguous CPU tensor, which must not be changed afterwards; host memory: a few blocks more."""
@@ -57,8 +68,7 @@ class DcpWriter:
         for start, rows in self._blocks(tensor):
             part = tensor if rows is None else tensor[start : start + rows]
             offsets = torch.Size([start, *[0] * (tensor.dim() - 1)] if tensor.dim() else [])
-            if part.untyped_storage().nbytes() != part.nbytes:  # torch.save would store all that a view belongs to
-                part = part.clone()
+            part = _alone(part)
             next(self._turn).store(name, part, offsets, len(chunks))
             chunks.append(ChunkStorageMetadata(offsets, part.shape))
         self._tensors[name] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.shape, chunks)
@@ -83,7 +93,10 @@ class DcpWriter:
         from torch.distributed.checkpoint.metadata import Metadata
 
         for lane in self._lanes:
+            lane.end()
+        for lane in self._lanes:
             lane.finish()
+            self.hashes |= lane.hashes
         places = {index: place for lane in self._lanes for index, place in lane.places.items()}
         with open(self._folder / METADATA_FILE, "wb") as handle:
             pickle.dump(Metadata(state_dict_metadata=self._tensors, storage_data=places), handle)
@@ -103,56 +116,103 @@ class DcpWriter:
         return [(start, min(rows, tensor.shape[0] - start)) for start in range(0, tensor.shape[0], rows)]
 
 
+def _alone(part: Tensor) -> Tensor:
+    """The same memory as a tensor that knows of nothing else: torch.save stores all that a view belongs to."""
+    import torch
+
+    if part.untyped_storage().nbytes() == part.nbytes:
+        return part
+    content = torch.from_numpy(part.reshape(-1).view(torch.uint8).numpy())
+    return content.view(part.dtype).view(part.shape)
+
+
+class _HashedFile:
+    """A file that is written once from front to back, and its hash."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size_bytes = path, 0
+        self._digest = xxhash.xxh3_128()
+        self._handle = open(path, "wb")  # noqa: SIM115 closed by close()
+
+    def write(self, content: Any) -> int:
+        """For torch.save."""
+        self._digest.update(content)
+        self.size_bytes += len(content)
+        return self._handle.write(content)
+
+    def flush(self) -> None:
+        """For torch.save."""
+        self._handle.flush()
+
+    def entry(self) -> dict[str, Any]:
+        """What `checkpoint.commit.hash_file` would say."""
+        return {"bytes": self.size_bytes, "xxh3": self._digest.hexdigest()}
+
+    def close(self) -> None:
+        """Everything is on the disk then."""
+        with self._handle:
+            flush_to_disk(self._handle)
+
+    def abandon(self) -> None:
+        """Closes it as it is."""
+        with contextlib.suppress(OSError):  # the disk is full, and the folder goes anyway
+            self._handle.close()
+
+
 class _Lane:
-    """One thread and the file it writes."""
+    """A thread and the file it writes, and another that waits for the disk to have the file before."""
 
     def __init__(self, folder: Path, lane: int, file_bytes: int) -> None:
         self.places: dict[Any, Any] = {}
+        self.hashes: dict[str, dict[str, Any]] = {}
         self._folder, self._lane, self._file_bytes, self._files = folder, lane, file_bytes, 0
-        self._handle: io.BufferedWriter | None = None
-        self._thread = InOrder(f"write{lane}", 2)
+        self._file: _HashedFile | None = None
+        self._thread, self._flush = InOrder(f"write{lane}", 4), InOrder(f"flush{lane}", 1)
 
     def store(self, name: str, content: Tensor | io.BytesIO, offsets: Any, index: int | None) -> None:
         """Hands a chunk over; its place is known after `finish`."""
         self._thread.submit(self._store, name, content, offsets, index)
 
-    def finish(self) -> None:
-        """Everything is on the disk then."""
+    def end(self) -> None:
+        """Nothing more comes."""
         self._thread.submit(self._close_file)
+
+    def finish(self) -> None:
+        """After `end`: everything is on the disk then."""
         self._thread.finish()
+        self._flush.finish()
 
     def abandon(self) -> None:
         """Stops early."""
         self._thread.stop()
-        if self._handle is not None:
-            with contextlib.suppress(OSError):  # the disk is full, and the folder goes anyway
-                self._handle.close()
+        self._flush.stop()
+        if self._file is not None:
+            self._file.abandon()
 
     def _store(self, name: str, content: Tensor | io.BytesIO, offsets: Any, index: int | None) -> None:
         import torch
         from torch.distributed.checkpoint.filesystem import _StorageInfo
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
-        if self._handle is not None and self._handle.tell() >= self._file_bytes:
+        if self._file is not None and self._file.size_bytes >= self._file_bytes:
             self._close_file()
-        if self._handle is None:
-            path = self._folder / f"__{self._lane}_{self._files}.distcp"
-            self._handle = open(path, "wb")  # noqa: SIM115 closed at its end
+        if self._file is None:
+            self._file = _HashedFile(self._folder / f"__{self._lane}_{self._files}.distcp")
             self._files += 1
-        start = self._handle.tell()
+        start = self._file.size_bytes
         if isinstance(content, io.BytesIO):
-            self._handle.write(content.getbuffer())
+            self._file.write(content.getbuffer())
         else:
             try:
-                torch.save(content, self._handle)
+                torch.save(content, self._file)  # type: ignore[arg-type]
             except RuntimeError as error:  # what torch makes of a write that failed
                 reason = error.__context__ if isinstance(error.__context__, OSError) else error
-                raise ToolError(f"{self._handle.name}: {name} could not be written ({reason})") from None
-        place = _StorageInfo(os.path.basename(self._handle.name), start, self._handle.tell() - start)
+                raise ToolError(f"{self._file.path}: {name} could not be written ({reason})") from None
+        place = _StorageInfo(self._file.path.name, start, self._file.size_bytes - start)
         self.places[MetadataIndex(name, offsets, index)] = place
 
     def _close_file(self) -> None:
-        if self._handle is not None:
-            with self._handle:
-                flush_to_disk(self._handle)
-            self._handle = None
+        if self._file is not None:
+            self.hashes[self._file.path.name] = self._file.entry()
+            self._flush.submit(self._file.close)
+            self._file = None

@@ -10,10 +10,18 @@ from typing import Any
 from megatron_hybrid.checkpoint.sidecar import FORMAT
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.convert.output_folder import read_json
-from megatron_hybrid.tools.hf_mapping import LAYER_TYPES, REQUIRED_OPTIONS, SLIDING, ModelConfig, config_from_sidecar
+from megatron_hybrid.tools.hf_mapping import (
+    LAYER_TYPES,
+    REQUIRED_OPTIONS,
+    SLIDING,
+    YARN,
+    ModelConfig,
+    config_from_sidecar,
+)
 
 ARCHITECTURES = {"olmo_hybrid": "OlmoHybridForCausalLM", "olmo3": "Olmo3ForCausalLM"}
-OURS_ALONE = {"hybrid_layer_pattern", "true_vocab_size", "rope_theta", "window_size", "window_attn_skip_freq"}
+OURS_ALONE = {"hybrid_layer_pattern", "true_vocab_size", "window_size", "window_attn_skip_freq"}
+OURS_ALONE |= {"rope_theta", "rope_scaling"}  # rope_parameters there
 #: What a config.json need not say, as transformers 5.23 has it; None is derived from other values.
 _COMMON: dict[str, Any] = {
     "intermediate_size": 11008,
@@ -65,7 +73,7 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     if config.rope_theta is None:
         rope: dict[str, Any] = {"rope_theta": None}  # NoPE as released; without the key transformers takes 10000
     else:
-        rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
+        rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})}
     model_type = "olmo_hybrid" if config.is_hybrid else "olmo3"
     values: dict[str, Any] = {
         "architectures": [ARCHITECTURES[model_type]],
@@ -121,12 +129,12 @@ def read_hf_config(folder: Path, true_vocab_size: int | None) -> ModelConfig:
             raise ToolError(
                 f"{path}: {key} is set, and a converted model can have none; give the plain bf16 or fp32 model"
             )
-    rope_theta = _rope_theta(values, path)
+    rope_theta, yarn = _positions(values, path)
     filled = _with_defaults(values, model_type, path)
     for key, legal in FIXED.items():
         if filled[key] != legal:
             raise ToolError(f"{path}: {key} {filled[key]!r} is not supported, legal: {legal!r}")
-    return _model_config(filled, rope_theta, true_vocab_size, path)
+    return _model_config({**filled, "rope_theta": rope_theta, "rope_scaling": yarn}, true_vocab_size, path)
 
 
 def _with_defaults(values: dict[str, Any], model_type: str, path: Path) -> dict[str, Any]:
@@ -154,9 +162,7 @@ def _with_defaults(values: dict[str, Any], model_type: str, path: Path) -> dict[
     return filled | {key: value for key, value in derived.items() if filled[key] is None}
 
 
-def _model_config(
-    filled: dict[str, Any], rope_theta: float | None, true_vocab_size: int | None, path: Path
-) -> ModelConfig:
+def _model_config(filled: dict[str, Any], true_vocab_size: int | None, path: Path) -> ModelConfig:
     symbols = {name: symbol for symbol, name in LAYER_TYPES.items()} | {SLIDING: "*"}
     types = filled["layer_types"]
     foreign = [name for name in types if name not in symbols] if isinstance(types, list) else [types]
@@ -170,14 +176,16 @@ def _model_config(
         **{field.name: filled[field.name] for field in fields(ModelConfig) if field.name in filled},
         "hybrid_layer_pattern": "".join(symbols[name] for name in types),
         "true_vocab_size": true_vocab_size or filled["vocab_size"],
-        "rope_theta": rope_theta,
         **_windows(types, filled.get("sliding_window"), path),
     }
     return config_from_sidecar(values, str(path))
 
 
-def _rope_theta(values: dict[str, Any], path: Path) -> float | None:
-    """rope_theta, None for NoPE. transformers takes 10000 where nothing is said, which no model of this family has."""
+def _positions(values: dict[str, Any], path: Path) -> tuple[float | None, dict[str, Any] | None]:
+    """rope_theta, None for NoPE, and YaRN, None for none.
+
+    transformers takes 10000 where nothing is said, which no model of this family has.
+    """
     rope = values.get("rope_parameters")
     if isinstance(rope, dict) and set(rope) == {"full_attention", "sliding_attention"}:
         if rope["full_attention"] != rope["sliding_attention"]:
@@ -191,14 +199,16 @@ def _rope_theta(values: dict[str, Any], path: Path) -> float | None:
         )
     kind = said.get("rope_type", "default") if isinstance(rope, dict) else "default"
     scaling = values.get("rope_scaling")
-    if kind not in ("default", None) or scaling:
+    yarn = {key: value for key, value in said.items() if key != "rope_theta"} if kind == "yarn" else None
+    if scaling or (set(yarn) != YARN if yarn else kind not in ("default", None)):
         raise ToolError(
-            f"{path}: rope_type {kind!r}, rope_scaling {scaling!r}: not supported, legal: 'default' and none"
+            f"{path}: rope_type {kind!r}, rope_scaling {scaling!r}: not supported, legal: 'default' and none, or "
+            f"rope_parameters of rope_type 'yarn' with {', '.join(sorted(YARN - {'rope_type'}))} and nothing else"
         )
     theta = said["rope_theta"]
     if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0):
         raise ToolError(f"{path}: rope_theta {theta!r}, legal: null or a number above 0")
-    return None if theta is None else float(theta)
+    return (None if theta is None else float(theta)), yarn
 
 
 def _windows(types: list[str], sliding_window: int | None, path: Path) -> dict[str, Any]:

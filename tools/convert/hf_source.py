@@ -13,7 +13,7 @@ from megatron_hybrid.tools.convert.output_folder import RECORD_FILE, read_json
 from megatron_hybrid.tools.convert.safetensors_folder import ITEM_BYTES, TensorPlace, read_folder, read_tensor
 from megatron_hybrid.tools.convert.source import PARAM
 from megatron_hybrid.tools.convert.tokenizer_files import tokenizer_size
-from megatron_hybrid.tools.hf_mapping import ModelConfig, Shape, TensorRule, tensor_rules
+from megatron_hybrid.tools.hf_mapping import Layout, ModelConfig, Shape, TensorRule, tensor_rules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +52,12 @@ class HfSource:
     def read(self, rule: TensorRule, state: str = PARAM) -> dict[str, Tensor]:
         if state != PARAM:
             raise ToolError(f"{self.folder}: a Hugging Face folder holds no optimizer state")
+        if rule.layout is Layout.STACKED_ROWS:  # where they belong at once, so that nothing is copied to join them
+            import torch
+
+            whole = torch.empty(rule.megatron_shape, dtype=getattr(torch, self.dtype(rule)))
+            parts = whole.split([shape[0] for _, shape in rule.hf])
+            return {name: read_tensor(self.places[name], part) for (name, _), part in zip(rule.hf, parts, strict=True)}
         return {name: self._read_one(name, shape) for name, shape in rule.hf}
 
     def check_hash(self, name: str, sha256: str) -> None:

@@ -86,7 +86,8 @@ def _model_rows(source: Source) -> Iterator[tuple[str, str]]:
         sizes = f"K {config.linear_key_head_dim}, V {config.linear_value_head_dim}"
         yield "Gated DeltaNet", f"{heads} heads, {sizes}, convolution {config.linear_conv_kernel_dim}"
     yield "vocabulary", f"{config.vocab_size:,} rows, {config.true_vocab_size:,} tokens"
-    yield "rope_theta", "none (NoPE)" if config.rope_theta is None else f"{config.rope_theta:g}"
+    yarn = f", YaRN: {config.rope_scaling}" if config.rope_scaling else ""
+    yield "rope_theta", "none (NoPE)" if config.rope_theta is None else f"{config.rope_theta:g}{yarn}"
     names = sum(len(rule.hf) for rule in source.rules)
     numbers = {rule: math.prod(rule.megatron_shape) for rule in source.rules}
     yield "parameters", f"{sum(numbers.values()):,} in {names} tensors"

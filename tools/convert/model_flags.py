@@ -30,11 +30,17 @@ def training_flags(config: ModelConfig) -> list[str]:
         flags["position-embedding-type"] = "none"
     else:
         flags["rotary-base"] = str(int(config.rope_theta))
+    if yarn := config.rope_scaling:
+        flags |= {"position-embedding-type": "yarn", "rotary-scaling-factor": str(yarn["factor"])}
+        for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
+            flags[f"yarn-{name.replace('_', '-')}"] = str(yarn[name])
     words = ["--preset", preset]
     for name, value in flags.items():
         words += [f"--{name}", *value.split(" ")]
     if config.num_key_value_heads != config.num_attention_heads:
         words += ["--group-query-attention", "--num-query-groups", str(config.num_key_value_heads)]
+    if config.rope_scaling:
+        words.append("--no-rope-fusion")
     if not config.linear_allow_neg_eigval and config.is_hybrid:
         words.append("--no-gdn-allow-neg-eigval")
     if not config.is_hybrid:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid import __version__
 from megatron_hybrid.tools.atomic_file import fsync_folder
 from megatron_hybrid.tools.cli import ToolError
 
@@ -137,11 +140,23 @@ def read_json(path: Path, what_to_do: str) -> dict[str, Any]:
     return values
 
 
-def peak_memory_bytes() -> int:
-    """The most host memory this process has held."""
+def record(direction: str, source: Path, **more: Any) -> dict[str, Any]:
+    """The content of conversion.json. It holds no time, so a repeated conversion gives the same folder."""
+    packages = ("torch", "safetensors", "transformers", "tokenizers", "sentencepiece")
+    versions = {
+        "megatron_hybrid": __version__,
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+    common = {"status": "complete", "format": 1, "direction": direction, "source": str(source.resolve())}
+    return {**common, "versions": versions, **more}
+
+
+def memory_line() -> str:
+    """The most host memory this process has held, in words."""
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return f"peak host memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
 
 
 def parse_size(text: str) -> int:

@@ -70,8 +70,8 @@ def read_header(path: Path, follow_symlinks: bool = True) -> dict[str, TensorPla
     return places
 
 
-def read_tensor(place: TensorPlace) -> Tensor:
-    """The tensor at a place, on the CPU, read once from the disk.
+def read_tensor(place: TensorPlace, into: Tensor | None = None) -> Tensor:
+    """The tensor at a place, on the CPU, read once from the disk; `into`: contiguous memory for it, of its kind.
 
     Raises:
         ToolError: a dtype that no model of this family has, or the file ends early.
@@ -80,10 +80,11 @@ def read_tensor(place: TensorPlace) -> Tensor:
 
     if place.dtype not in DTYPE_NAMES:
         raise ToolError(f"{place.file}: {place.name} is {place.dtype}, legal: {', '.join(DTYPE_NAMES)}")
-    tensor = torch.empty(place.shape, dtype=getattr(torch, place.dtype))
+    tensor = torch.empty(place.shape, dtype=getattr(torch, place.dtype)) if into is None else into
     if tensor.numel():
         target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         with open(place.file, "rb", buffering=0) as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads further ahead
             handle.seek(place.offset_bytes)
             filled = 0
             while filled < place.size_bytes:

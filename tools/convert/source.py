@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")  # every model tensor's name starts with one of these
 FP32_ISLANDS = ("A_log", "dt_bias")  # the decay of Gated DeltaNet; bf16 rounds it by as much as 0.4 %
 PARAM, EXP_AVG, EXP_AVG_SQ = "param", "exp_avg", "exp_avg_sq"  # a parameter, and Adam's two moments of it
+READERS = 2  # rules read at once: one thread leaves the disk idle while it copies
 OPTIMIZER = "optimizer."  # before PARAM: the optimizer's own fp32 copy of the parameter
 
 
@@ -123,16 +126,16 @@ def read_sidecar(iteration_folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def read_ahead(source: Source, state: str = PARAM) -> Iterator[tuple[TensorRule, dict[str, Tensor]]]:
-    """Every rule with its tensors, the next one being read while the caller works on one.
+    """Every rule with its tensors, the next ones being read while the caller works on one.
 
-    Host memory: two rules' tensors. A thread is enough: reads and checksums run outside Python's lock.
+    Host memory: READERS + 1 rules' tensors. Threads are enough: reads and checksums run outside Python's lock.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-        waiting = pool.submit(source.read, source.rules[0], state)
-        for rule, following in zip(source.rules, [*source.rules[1:], None], strict=True):
-            tensors = waiting.result()
+    with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
+        waiting = deque(pool.submit(source.read, rule, state) for rule in source.rules[:READERS])
+        for rule, following in zip_longest(source.rules, source.rules[READERS:]):
+            tensors = waiting.popleft().result()
             if following is not None:
-                waiting = pool.submit(source.read, following, state)
+                waiting.append(pool.submit(source.read, following, state))
             yield rule, tensors
             del tensors
 
@@ -143,7 +146,7 @@ class Hashes:
     def __init__(self, check: Callable[[str, str], None] | None = None) -> None:
         """check: called with the name and the hash of each tensor; what it raises comes out of `add` or `all`."""
         self._check = check
-        self._thread = InOrder("hash", 1)
+        self._thread = InOrder("hash", 4)  # a rule's tensors
         self._known: dict[str, str] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:

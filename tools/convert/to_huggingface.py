@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid import __version__
 from megatron_hybrid.tools.cli import ToolError, byte_progress_bar
+from megatron_hybrid.tools.convert.common_state import folder_iteration
 from megatron_hybrid.tools.convert.hf_config import generation_config, hf_config
-from megatron_hybrid.tools.convert.output_folder import RECORD_FILE, new_folder, peak_memory_bytes, write_json
+from megatron_hybrid.tools.convert.output_folder import RECORD_FILE, memory_line, new_folder, record, write_json
 from megatron_hybrid.tools.convert.safetensors_folder import (
     INDEX_FILE,
     ITEM_BYTES,
@@ -85,7 +82,7 @@ def export(options: ExportOptions) -> str:
         f"{output}: {len(tensors)} tensors, {sum(math.prod(t.shape) for t in tensors):,} parameters, "
         f"{sum(t.size_bytes for t in tensors) / 1e9:.2f} GB in {len(files)} "
         f"{'file' if len(files) == 1 else 'files'}\nsource: {source.folder}\n"
-        f"tokenizer: {tokenizer_note}\npeak host memory: {peak_memory_bytes() / 1e9:.2f} GB"
+        f"tokenizer: {tokenizer_note}\n{memory_line()}"
     )
 
 
@@ -168,30 +165,15 @@ def conversion_record(
     tokenizer_note: str,
 ) -> dict[str, Any]:
     """The content of conversion.json. It holds no time, so a repeated export gives the same folder."""
-    folder = source.folder.resolve()
-    digits = re.fullmatch(r"iter_(\d+)", folder.name)
-    return {
-        "status": "complete",
-        "format": 1,
-        "direction": "export",
-        "source": str(folder),
-        "iteration": int(digits[1]) if digits else None,
-        "sidecar": source.sidecar,
-        "dtype": "bfloat16, as released" if options.match_release else options.dtype or "as stored",
-        "tokenizer": tokenizer_note,
-        "versions": versions(),
-        "tensors": {
+    return record(
+        "export",
+        source.folder,
+        iteration=folder_iteration(source.folder.resolve()),
+        sidecar=source.sidecar,
+        dtype="bfloat16, as released" if options.match_release else options.dtype or "as stored",
+        tokenizer=tokenizer_note,
+        tensors={
             planned.name: {"dtype": planned.dtype, "shape": list(planned.shape), "sha256": hashes[planned.name]}
             for planned in tensors
         },
-    }
-
-
-def versions() -> dict[str, str]:
-    """What a conversion was made with."""
-    packages = ("torch", "safetensors", "transformers", "tokenizers", "sentencepiece")
-    return {
-        "megatron_hybrid": __version__,
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
+    )

@@ -21,10 +21,9 @@ from megatron_hybrid.tools.convert.dcp_writer import DcpWriter
 from megatron_hybrid.tools.convert.hf_source import HfSource, open_hf
 from megatron_hybrid.tools.convert.model_flags import training_flags
 from megatron_hybrid.tools.convert.olmo_core import OlmoCoreSource, is_olmo_core, open_olmo_core
-from megatron_hybrid.tools.convert.output_folder import RECORD_FILE, new_folder, peak_memory_bytes, write_json
+from megatron_hybrid.tools.convert.output_folder import RECORD_FILE, memory_line, new_folder, record, write_json
 from megatron_hybrid.tools.convert.safetensors_folder import ITEM_BYTES
 from megatron_hybrid.tools.convert.source import FP32_ISLANDS, Hashes, Source, read_ahead
-from megatron_hybrid.tools.convert.to_huggingface import versions
 from megatron_hybrid.tools.convert.tokenizer_files import copy_tokenizer
 from megatron_hybrid.tools.dcp_reader import CONFIG_FILE, TRACKER_FILE, iteration_folder_name
 from megatron_hybrid.tools.hf_mapping import (
@@ -98,7 +97,6 @@ def import_model(options: ImportOptions) -> str:
         if not copy_tokenizer(options.config or source.folder, working / TOKENIZER_FOLDER):
             (working / TOKENIZER_FOLDER).rmdir()
         hashes = write_checkpoint(source, options, adam, working / folder, needed_bytes)
-        commit.adopt(working / folder)  # training loads committed checkpoints only
         (working / TRACKER_FILE).write_text(str(adam.step) if adam else RELEASE)
         write_json(working / RECORD_FILE, conversion_record(source, options, folder, hashes))
     names = [name for rule in source.rules for name, _ in rule.hf]
@@ -108,7 +106,7 @@ def import_model(options: ImportOptions) -> str:
         f"{f', with Adam at step {adam.step}' if adam else ''}\n"
         f"source: {source.folder} ({source.dialect} names)\n"
         f"train with: --load {output} {' '.join([*training_flags(source.config), *(adam.flags() if adam else [])])}\n"
-        f"peak host memory: {peak_memory_bytes() / 1e9:.2f} GB"
+        f"{memory_line()}"
     )
 
 
@@ -122,38 +120,31 @@ def stored_dtype(rule: TensorRule, source: Source, dtype: str | None) -> str:
 def write_checkpoint(
     source: HfSource | OlmoCoreSource, options: ImportOptions, adam: AdamState | None, folder: Path, total_bytes: int
 ) -> dict[str, str]:
-    """Writes the torch_dist folder; returns the SHA-256 of each tensor's bytes as read, by released name."""
+    """Writes and commits the torch_dist folder; returns the SHA-256 of each tensor as read, by released name."""
     import torch
 
     folder.mkdir()
-    writer = DcpWriter(folder)
     hashes = Hashes(source.check_hash if isinstance(source, HfSource) else None)
-    complete = False
-    try:
-        with byte_progress_bar("import", total_bytes) as bar:
-            for rule, tensors in read_ahead(source):
-                for name, tensor in tensors.items():
-                    hashes.add(name, tensor)
-                dtype = getattr(torch, stored_dtype(rule, source, options.dtype))
-                merged = to_megatron(rule, tensors, source.config).to(dtype).contiguous()
-                writer.add_tensor(rule.megatron, merged)
+    with DcpWriter(folder) as writer, byte_progress_bar("import", total_bytes) as bar:
+        for rule, tensors in read_ahead(source):
+            for name, tensor in tensors.items():
+                hashes.add(name, tensor)
+            dtype = getattr(torch, stored_dtype(rule, source, options.dtype))
+            merged = to_megatron(rule, tensors, source.config).to(dtype).contiguous()
+            writer.add_tensor(rule.megatron, merged)
+            bar.update(merged.nbytes)
+        for state in STATES if adam else ():
+            for rule, tensors in read_ahead(source, state):
+                merged = to_megatron(rule, tensors, source.config).float().contiguous()
+                writer.add_tensor(f"optimizer.state.{state}.{rule.megatron}", merged)
                 bar.update(merged.nbytes)
-            for state in STATES if adam else ():
-                for rule, tensors in read_ahead(source, state):
-                    merged = to_megatron(rule, tensors, source.config).float().contiguous()
-                    writer.add_tensor(f"optimizer.state.{state}.{rule.megatron}", merged)
-                    bar.update(merged.nbytes)
         for name in extra_states(source.config):
             writer.add_object(f"{name}._extra_state/shard_0_1", [None])
         writer.add_object("common_state/shard_0_1", [common_state(source.config, adam)])
         known = hashes.all()
-        complete = True
-    finally:
-        if not complete:
-            writer.abandon()
-    writer.finish()
     # Megatron's own order: this file last, since its presence means that the save has finished.
     write_json(folder / CONFIG_FILE, {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    commit.adopt(folder, hashes=writer.hashes)  # training loads committed checkpoints only
     return known
 
 
@@ -203,19 +194,16 @@ def conversion_record(
     source: HfSource | OlmoCoreSource, options: ImportOptions, folder: str, hashes: dict[str, str]
 ) -> dict[str, Any]:
     """The content of conversion.json: hashes are of the source's tensors under their released names."""
-    return {
-        "status": "complete",
-        "format": 1,
-        "direction": "import",
-        "source": str(source.folder.resolve()),
-        "folder": folder,
-        "names": source.dialect,
-        "dtype": options.dtype or "as stored",
-        "training_flags": training_flags(source.config),
-        "versions": versions(),
-        "tensors": {
+    return record(
+        "import",
+        source.folder,
+        folder=folder,
+        names=source.dialect,
+        dtype=options.dtype or "as stored",
+        training_flags=training_flags(source.config),
+        tensors={
             name: {"dtype": source.dtype(rule), "shape": list(shape), "sha256": hashes[name]}
             for rule in source.rules
             for name, shape in rule.hf
         },
-    }
+    )

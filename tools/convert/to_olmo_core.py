@@ -13,9 +13,8 @@ from megatron_hybrid.tools.convert.common_state import adam_groups, folder_itera
 from megatron_hybrid.tools.convert.dcp_writer import DcpWriter
 from megatron_hybrid.tools.convert.hf_config import hf_config
 from megatron_hybrid.tools.convert.olmo_core import STATE, WHOLE_MODEL, core_names, stored_name
-from megatron_hybrid.tools.convert.output_folder import RECORD_FILE, new_folder, peak_memory_bytes, write_json
+from megatron_hybrid.tools.convert.output_folder import RECORD_FILE, memory_line, new_folder, record, write_json
 from megatron_hybrid.tools.convert.source import OPTIMIZER, PARAM, Hashes, MegatronSource, open_megatron, read_ahead
-from megatron_hybrid.tools.convert.to_huggingface import versions
 
 CONFIG_FOLDER = "huggingface"  # config.json under a name of OLMo-core's own would be taken for OLMo-core's
 
@@ -56,7 +55,7 @@ def export_olmo_core(options: OlmoCoreOptions) -> str:
     step = f", with Adam at step {adam_step(groups):g}" if groups else ""
     return (
         f"{output}: {len(hashes)} tensors, {parameters:,} parameters, {total_bytes / 1e9:.2f} GB{step}\n"
-        f"source: {source.folder}\npeak host memory: {peak_memory_bytes() / 1e9:.2f} GB"
+        f"source: {source.folder}\n{memory_line()}"
     )
 
 
@@ -67,29 +66,21 @@ def write_states(
     import torch
 
     names = core_names(source.config, "HEAD")
-    writer, hashes = DcpWriter(folder), Hashes()
-    complete = False
-    try:
-        with byte_progress_bar("export", total_bytes) as bar:
-            for state in STATES if groups else (PARAM,):
-                for _, tensors in read_ahead(source, OPTIMIZER + state if groups else state):
-                    for name, tensor in tensors.items():
-                        key = stored_name(names[name], state)
-                        tensor = tensor.float()
-                        hashes.add(key, tensor)
-                        writer.add_tensor(key, tensor)
-                        bar.update(tensor.nbytes)
+    hashes = Hashes()
+    with DcpWriter(folder) as writer, byte_progress_bar("export", total_bytes) as bar:
+        for state in STATES if groups else (PARAM,):
+            for _, tensors in read_ahead(source, OPTIMIZER + state if groups else state):
+                for name, tensor in tensors.items():
+                    key = stored_name(names[name], state)
+                    tensor = tensor.float()
+                    hashes.add(key, tensor)
+                    writer.add_tensor(key, tensor)
+                    bar.update(tensor.nbytes)
         for name in names.values() if groups else ():
             writer.add_tensor(stored_name(name, "step"), torch.tensor(float(adam_step(groups))))
             for setting, value in group_settings(name, groups).items():
                 writer.add_object(f"{STATE.replace('state', 'param_groups')}{name}.{setting}", value)
-        known = hashes.all()
-        complete = True
-    finally:
-        if not complete:
-            writer.abandon()
-    writer.finish()
-    return known
+        return hashes.all()
 
 
 def adam_step(groups: list[dict[str, Any]]) -> float:
@@ -111,14 +102,11 @@ def group_settings(name: str, groups: list[dict[str, Any]]) -> dict[str, Any]:
 
 def conversion_record(source: MegatronSource, groups: list[dict[str, Any]], hashes: dict[str, str]) -> dict[str, Any]:
     """The content of conversion.json."""
-    return {
-        "status": "complete",
-        "format": 1,
-        "direction": "export to OLMo-core",
-        "source": str(source.folder.resolve()),
-        "iteration": folder_iteration(source.folder),
-        "optimizer_step": adam_step(groups) if groups else None,
-        "sidecar": source.sidecar,
-        "versions": versions(),
-        "sha256": hashes,
-    }
+    return record(
+        "export to OLMo-core",
+        source.folder,
+        iteration=folder_iteration(source.folder),
+        optimizer_step=adam_step(groups) if groups else None,
+        sidecar=source.sidecar,
+        sha256=hashes,
+    )

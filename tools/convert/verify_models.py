@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LENGTHS = (64, 65, 200)
 DOCUMENTS = (70, 1, 64, 65)  # of the packed row: boundaries inside chunks, one document of a single token
 PROMPT_TOKENS, TEXT_TOKENS = 16, 1024
-LOSS_TOLERANCE = 1e-4  # relative difference of perplexities
+LOSS_TOLERANCE = 1e-5  # relative difference of perplexities; state forgotten every 64 tokens moved one by 6.5e-5
 
 
 def compare_models(source: MegatronSource, model: Path, text: Path | None, tolerance: float) -> list[Row]:

@@ -11,7 +11,7 @@ from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.corpus.documents import LineParser
 from megatron_hybrid.tools.corpus.plan import Plan
 from megatron_hybrid.tools.corpus.shard import Progress, ShardWork
-from megatron_hybrid.tools.corpus.streams import open_input
+from megatron_hybrid.tools.corpus.streams import is_compressed_name, open_input
 from megatron_hybrid.tools.corpus.worker import Settings, make_encoders, plan_tokenizer
 
 WRITE_CHUNK_BYTES = 8 << 20
@@ -107,6 +107,24 @@ def _write_rate(folder: Path, seconds: float) -> float:
     return done / max(time.monotonic() - started, 1e-6)
 
 
+def _uncut(plan: Plan) -> list[str]:
+    """A line about the compressed files that one worker must read alone, if there are any."""
+    limit = 2 * plan.options.shard_bytes  # up to here a cut would gain little
+    found = [
+        (shard.estimated_bytes, plan.files[shard.segments[0].file].path)
+        for shard in plan.shards
+        if shard.estimated_bytes > limit and is_compressed_name(plan.files[shard.segments[0].file].path)
+    ]
+    if not found:
+        return []
+    size, path = max(found)
+    return [
+        f"  {len(found):,} compressed parts are larger than two shards, the largest about {size / 1e9:,.2f} GB "
+        f"({path}): they are one frame each, or of very large ones, which one worker must read alone; files made by "
+        "bgzip, pzstd or cat of smaller ones are cut"
+    ]
+
+
 def describe_plan(plan: Plan, folder: Path, settings: Settings, workers: int, seconds: float) -> str:
     """What `plan` prints: the work, and how long it will take with so many workers on this machine."""
     estimated = sum(shard.estimated_bytes for shard in plan.shards)
@@ -118,6 +136,7 @@ def describe_plan(plan: Plan, folder: Path, settings: Settings, workers: int, se
     for source in plan.sources:
         own = [shard.estimated_bytes for shard in plan.shards if shard.source == source]
         lines.append(f"  {source}: {len(own):,} shards, about {sum(own) / 1e9:,.2f} GB")
+    lines += _uncut(plan)
     if seconds <= 0:
         return "\n".join(lines)
     measured = calibrate(plan, folder, settings, seconds)

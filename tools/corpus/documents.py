@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -13,7 +13,13 @@ from megatron_hybrid.tools.corpus.lines import LineBlock, LineCutter, LongLine
 from megatron_hybrid.tools.corpus.long_lines import LongText, read_long_line
 from megatron_hybrid.tools.corpus.parquet import read_rows
 from megatron_hybrid.tools.corpus.plan import Options, Segment
-from megatron_hybrid.tools.corpus.streams import damaged, decompression_errors, open_input, read_chunks
+from megatron_hybrid.tools.corpus.streams import (
+    damaged,
+    decompression_errors,
+    is_compressed_name,
+    open_input,
+    read_chunks,
+)
 from megatron_hybrid.tools.jsonl_reader import RejectedLine, parse_text
 
 UNPARSED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -155,7 +161,7 @@ def read_documents(
     cutter: LineCutter | None = None
     with open_input(path) as source:
         try:
-            cutter = LineCutter(read_chunks(path, source, max(segment.start - 1, 0)), segment.start, segment.end)
+            cutter = _cutter(path, source, segment)
             for block in cutter:
                 if isinstance(block, LongLine):
                     on_line_count(1)
@@ -165,13 +171,31 @@ def read_documents(
                     yield parser.block(block, on_reject)
         except decompression_errors() as error:
             lines = cutter.lines if cutter else 0
-            fault = damaged(path, f"line {lines}", error)
+            from_byte = f" of the text from stored byte {segment.start} on" if segment.start else ""
+            fault = damaged(path, f"line {lines}{from_byte}", error)
             if not options.salvage_truncated:
                 raise fault from error
             on_line_count(1)
             on_reject(
                 Place(lines + 1, cutter.offset if cutter else 0), RejectedLine("truncated_stream", str(error)), b""
             )
+
+
+def _cutter(path: str, source: BinaryIO, segment: Segment) -> LineCutter:
+    """The lines of one segment; those of a compressed file are counted from where the segment starts.
+
+    Of a compressed file a segment owns the lines that start after its first byte and up to the first one of
+    the next segment, for what stands before its first byte is not known without decompressing that too.
+    """
+    if not is_compressed_name(path):
+        return LineCutter(read_chunks(path, source, max(segment.start - 1, 0)), segment.start, segment.end)
+
+    def cut_reached(decoded: int) -> None:
+        cutter.end = decoded + 1
+
+    chunks = read_chunks(path, source, segment.start, cut=segment.end, on_cut=cut_reached)
+    cutter = LineCutter(chunks, min(segment.start, 1))
+    return cutter
 
 
 def _long_document(line: LongLine, parser: LineParser, scratch: Path, on_reject: OnReject) -> Iterator[LongDocument]:

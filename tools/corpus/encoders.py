@@ -18,6 +18,7 @@ from megatron_hybrid.tools.corpus.tokenizer_file import CUT_PLACE, TokenizerFile
 PIECE_CHARACTERS = 1 << 20  # longer texts are encoded in pieces where the tokenizer allows it
 MAX_WHOLE_CHARACTERS = 8 << 20  # the longest text encoded in one piece
 RARE = "|\u2581\uff5c"  # characters of special tokens that are rare in text
+MAX_CACHE_BYTES = 96 << 20  # of words in fastokens; beyond, its table doubles, by as much again and more
 BACKENDS = ("auto", "reference", "fastokens", "gigatoken")
 Ids = NDArray[np.int32]
 Lengths = NDArray[np.int64]
@@ -98,18 +99,65 @@ class TiktokenReference:
 
 
 class Fastokens:
-    """fastokens: BPE of tokenizer.json, of bounded memory."""
+    """fastokens: BPE of tokenizer.json, with its caches of words kept to about MAX_CACHE_BYTES.
+
+    It keeps up to some 300 MB of words it has seen, partly per thread, and offers no smaller limit nor a way
+    to empty them. So it lives in a thread of its own; once the process has grown by MAX_CACHE_BYTES, both go.
+    """
 
     def __init__(self, file: TokenizerFile, keep_special: bool) -> None:
+        self.name = f"fastokens {_version('fastokens')}"
+        self._content = file.content.decode("utf-8")
+        self._split_special = not keep_special
+        share_one_heap()
+        self._limit_bytes = 0
+        self._start()
+
+    def _start(self) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         import fastokens  # type: ignore[import-untyped]
 
-        self.name = f"fastokens {_version('fastokens')}"
-        self._tokenizer = fastokens.Tokenizer.from_json_str(file.content.decode("utf-8"))
-        self._split_special = not keep_special
+        self._thread = ThreadPoolExecutor(1)
+        self._tokenizer = self._thread.submit(fastokens.Tokenizer.from_json_str, self._content).result()
+        fresh = resident_bytes()
+        self._limit_bytes = max(self._limit_bytes or fresh + MAX_CACHE_BYTES, fresh + MAX_CACHE_BYTES // 4)
 
     def encode(self, texts: Sequence[str]) -> tuple[Ids, Lengths]:
-        ids, offsets = self._tokenizer.encode_batch_flat(list(texts), False, self._split_special)
+        if resident_bytes() > self._limit_bytes:
+            self._thread.shutdown()
+            del self._tokenizer
+            release_freed_memory()
+            self._start()
+        call = self._thread.submit(self._tokenizer.encode_batch_flat, list(texts), False, self._split_special)
+        ids, offsets = call.result()
         return np.frombuffer(ids, dtype="<i4"), np.diff(np.frombuffer(offsets, dtype="<i8"))
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory."""
+    with open("/proc/self/statm", "rb") as handle:
+        return int(handle.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def share_one_heap() -> None:
+    """Lets all threads allocate from one heap, and tables lie outside it: then what is freed can be given back."""
+    _c_library("mallopt", -8, 1)  # M_ARENA_MAX
+    _c_library("mallopt", -3, 16 << 20)  # M_MMAP_THRESHOLD, which glibc would raise
+
+
+def release_freed_memory() -> None:
+    """Gives freed memory back to the system, which glibc would keep."""
+    _c_library("malloc_trim", 0)
+
+
+def _c_library(function: str, *arguments: int) -> None:
+    """Calls a function of glibc; with another C library, does nothing."""
+    import ctypes
+
+    found = getattr(ctypes.CDLL(None), function, None)
+    if found is not None:
+        found(*arguments)
 
 
 class Gigatoken:

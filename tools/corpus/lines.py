@@ -29,18 +29,18 @@ class LineCutter:
 
     `start` is the offset of the first chunk. A segment that starts inside a file begins one byte early,
     at `start` - 1, and owns only the lines that start at or after `start`: then every line of a file
-    belongs to exactly one of the segments the file is cut into.
+    belongs to exactly one of the segments the file is cut into. `end` may be set while chunks are read, by
+    what reads them, before it hands out the first byte at or after it.
     """
 
     def __init__(self, chunks: Iterable[bytes], start: int = 0, end: int | None = None) -> None:
         self._chunks = iter(chunks)
-        self._end = end
+        self.end = end
         self.offset = max(start - 1, 0)  # of self._rest
         self._rest = b""
         self.lines = 0  # lines handed out so far
         self.exhausted = False
-        if start:
-            self._skip_first_line()
+        self._inside = start > 0
 
     def _skip_first_line(self) -> None:
         """Drops everything up to and including the first newline: it belongs to the segment before."""
@@ -51,10 +51,14 @@ class LineCutter:
                 self.offset += at + 1
                 return
             self.offset += len(chunk)
+            if self._past_end():
+                return
         self.exhausted = True
 
     def __iter__(self) -> Iterator[LineBlock | LongLine]:
         """Yields the blocks; re-raises what reading the chunks raises, after all whole lines before it."""
+        if self._inside:
+            self._skip_first_line()
         held = [self._rest] if self._rest else []  # pieces of the data not handed out yet
         held_bytes = len(self._rest)
         while not self.exhausted and not self._past_end():
@@ -85,14 +89,14 @@ class LineCutter:
             held_bytes += len(chunk)
 
     def _past_end(self) -> bool:
-        return self._end is not None and self.offset >= self._end
+        return self.end is not None and self.offset >= self.end
 
     def _block(self, lines: list[bytes], size: int) -> Iterator[LineBlock]:
         """The block of `lines`, less those that start at or after the end of the segment."""
-        if self._end is not None and self.offset + size > self._end:
+        if self.end is not None and self.offset + size > self.end:
             at = self.offset
             for number, line in enumerate(lines):
-                if at >= self._end:
+                if at >= self.end:
                     lines = lines[:number]
                     break
                 at += len(line) + 1

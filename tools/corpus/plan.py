@@ -14,18 +14,20 @@ from typing import Any
 
 from megatron_hybrid.tools.atomic_file import atomic_open
 from megatron_hybrid.tools.cli import ToolError
+from megatron_hybrid.tools.corpus.frames import find_cuts
 from megatron_hybrid.tools.corpus.inputs import InputFile
 from megatron_hybrid.tools.corpus.streams import (
     GZIP_MAGIC,
     ZSTD_MAGIC,
     decompression_errors,
+    is_compressed_name,
     open_input,
     read_at,
     read_chunks,
 )
 from megatron_hybrid.tools.corpus.tokenizer_file import TokenizerFile
 
-PLAN_VERSION = 1  # raised whenever the same inputs would make other bytes
+PLAN_VERSION = 2  # raised whenever the same inputs would make other bytes
 PLAN_NAME = "plan.json"
 MIN_SHARD_BYTES = 1 << 10
 SAMPLED_FILES = 4  # files of a source opened to estimate how far it inflates
@@ -48,7 +50,7 @@ class Options:
 @dataclass(frozen=True)
 class Segment:
     """Part of one file. Plain JSONL: the lines that start in bytes [start, end). Parquet: row groups
-    [start, end). Compressed files: the whole, and end is None. None also means to the end of the file."""
+    [start, end). Compressed files: the frames that start in stored bytes [start, end). `end` None: to the end."""
 
     file: int
     start: int = 0
@@ -131,7 +133,7 @@ def _content(plan: Plan) -> dict[str, Any]:
 
 def _inflation(files: list[InputFile], source: str) -> float:
     """Uncompressed bytes per stored byte of the compressed files of a source, from the start of a few."""
-    packed = [file for file in files if file.source == source and file.path.endswith((".gz", ".zst"))]
+    packed = [file for file in files if file.source == source and is_compressed_name(file.path)]
     step = max(1, len(packed) // SAMPLED_FILES)
     stored = plain = 0
     faults: tuple[type[Exception], ...] = (ToolError, *decompression_errors())
@@ -158,8 +160,11 @@ def _segments(number: int, file: InputFile, ratio: float, shard_bytes: int) -> I
     """(segment, estimated uncompressed bytes) of one file: cut only where it is larger than a shard."""
     if file.is_parquet:
         yield from _row_groups(number, file, shard_bytes)
-    elif file.path.endswith((".gz", ".zst")):
-        yield Segment(number), int(file.stored_bytes * ratio)
+    elif is_compressed_name(file.path):
+        parts = -(-int(file.stored_bytes * ratio) // shard_bytes)
+        cuts = [0, *find_cuts(file.path, file.stored_bytes, parts), file.stored_bytes]
+        for start, end in itertools.pairwise(cuts):
+            yield Segment(number, start, None if end == file.stored_bytes else end), int((end - start) * ratio)
     elif file.stored_bytes <= shard_bytes or _is_compressed(file.path):
         yield Segment(number), file.stored_bytes
     else:

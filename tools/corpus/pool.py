@@ -1,5 +1,6 @@
 """Runs workers on this machine until a plan is done, shows how far they are, and replaces those that die."""
 
+import faulthandler
 import json
 import os
 import queue
@@ -10,9 +11,11 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.corpus.ledger import HEARTBEAT_SECONDS, Leases, Ledger, LedgerState, enter_run
@@ -23,6 +26,11 @@ DRAINED_STATUS = 75  # of a process told to stop before the plan was done: start
 MAX_DEATHS = 2  # of workers on the same shard before the run gives up
 LOG_SECONDS = 30.0  # between progress lines where stderr is no terminal
 SCREEN_SECONDS = 0.5
+WORKER_ENVIRONMENT = {  # one core per worker
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 class Drained(Exception):
@@ -116,8 +124,12 @@ class ProgressLine:
         )
 
 
-def run_plan(folder: Path, settings: Settings, workers: int, run_id: str) -> LedgerState:
+def run_plan(
+    folder: Path, settings: Settings, workers: int, run_id: str, engine: str = "local"
+) -> LedgerState:  # fmt: skip
     """Does every shard of the plan in `folder` that is not recorded; returns the state of the ledger.
+
+    With `engine` local workers are processes of this machine (one: this process), with ray they are actors.
 
     Raises ToolError for the first fault under --on-error fail, for a shard that kills its workers,
     and, once all others are done, for files that could not be read to their end. Raises Drained where
@@ -137,9 +149,12 @@ def run_plan(folder: Path, settings: Settings, workers: int, run_id: str) -> Led
             progress = ProgressLine(plan, state)
             left = len(plan.shards) - len(state.done)
             with Drain() as drain:
-                faults = _alone(folder, settings, progress, drain) if workers == 1 else _pool(
-                    folder, settings, min(workers, left), progress, plan, drain
-                )  # fmt: skip
+                if engine == "local" and workers == 1:
+                    faults = _alone(folder, settings, progress, drain)
+                else:
+                    workers = min(workers, left)
+                    start = partial(_worker_class(engine, workers), folder, settings)
+                    faults = _pool(start, workers, settings.stall_seconds, progress, plan, drain)
             progress.clear()
             if faults:
                 raise ToolError(_summary(faults))
@@ -186,11 +201,12 @@ def _remove_leftovers(folder: Path, leases: Leases) -> None:
 
 
 def _alone(folder: Path, settings: Settings, progress: ProgressLine, drain: Drain) -> list[str]:
-    """One worker, in this process."""
+    """One worker, in this process; should it report nothing for too long, the process ends and shows where it was."""
     faults: list[str] = []
     worker: Worker | None = None
 
     def report(event: dict[str, Any]) -> None:
+        _expect_more(settings.stall_seconds)
         progress.take(event)
         progress.show()
         if drain.asked and worker is not None:
@@ -200,22 +216,49 @@ def _alone(folder: Path, settings: Settings, progress: ProgressLine, drain: Drai
             if event["stop"] and worker is not None:
                 worker.draining = True
 
-    worker = Worker(folder, settings, report)
-    worker.run()
+    _expect_more(settings.stall_seconds)
+    try:
+        worker = Worker(folder, settings, report)
+        worker.run()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return faults
 
 
-class _Process:
-    """A worker process and the shard it is at."""
+def _expect_more(seconds: float) -> None:
+    """Ends this process, with a traceback and status 1, unless called again within `seconds` (0: never).
 
-    def __init__(
-        self, folder: Path, settings: Settings, events: "queue.Queue[tuple[_Process, dict[str, Any]]]"
-    ) -> None:
-        environment = os.environ | {
-            "RAYON_NUM_THREADS": "1",  # one core per worker
-            "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": "1",
-        }
+    Its timer needs no Python lock: it works also where native code hangs that holds it.
+    """
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # stderr, also where a test replaced it
+
+
+class PoolWorker(Protocol):
+    """A worker as the pool sees it: what it is at, when it was last heard of, and how to end it."""
+
+    shard: int | None
+    heard: float
+    silent: bool
+
+    def drain(self) -> None:
+        """Lets the shard at work be the last."""
+
+    def kill(self) -> None:
+        """Ends the worker at once."""
+
+    def wait(self) -> None:
+        """Returns when it is gone."""
+
+
+PoolEvents = queue.Queue[tuple[PoolWorker, dict[str, Any]]]  # the last event of each worker is "gone"
+
+
+class _Process:
+    """A worker process."""
+
+    def __init__(self, folder: Path, settings: Settings, events: PoolEvents) -> None:
+        environment = os.environ | WORKER_ENVIRONMENT
         command = [
             sys.executable,
             "-m",
@@ -223,41 +266,71 @@ class _Process:
             str(folder),
             json.dumps(asdict(settings)),
         ]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.shard: int | None = None
+        self.heard = time.monotonic()
+        self.silent = False
         threading.Thread(target=self._listen, args=(events,), daemon=True).start()
 
-    def _listen(self, events: "queue.Queue[tuple[_Process, dict[str, Any]]]") -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+    def _listen(self, events: PoolEvents) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
             try:
                 events.put((self, json.loads(line)))
             except ValueError:
                 sys.stderr.write(line.decode(errors="replace"))
-        self.process.wait()
-        events.put((self, {"event": "gone", "status": self.process.returncode}))
+        self._process.wait()
+        events.put((self, {"event": "gone", "status": self._process.returncode}))
+
+    def drain(self) -> None:
+        """Lets the shard at work be the last."""
+        self._process.send_signal(signal.SIGUSR1)
+
+    def kill(self) -> None:
+        """Ends the process at once."""
+        self._process.kill()
+
+    def wait(self) -> None:
+        """Returns when the process is gone."""
+        self._process.wait()
+
+
+def _worker_class(engine: str, workers: int) -> Callable[[Path, Settings, PoolEvents], PoolWorker]:
+    if engine == "local":
+        return _Process
+    from megatron_hybrid.tools.corpus.ray_workers import RayWorker, connect
+
+    connect(workers)
+    return RayWorker
 
 
 def _pool(
-    folder: Path, settings: Settings, workers: int, progress: ProgressLine, plan: Plan, drain: Drain
+    start: Callable[[PoolEvents], PoolWorker],
+    workers: int,
+    stall_seconds: float,
+    progress: ProgressLine,
+    plan: Plan,
+    drain: Drain,
 ) -> list[str]:
-    """`workers` processes; a dead one is replaced, a shard that kills two ends the run."""
-    events: queue.Queue[tuple[_Process, dict[str, Any]]] = queue.Queue()
-    alive = {_Process(folder, settings, events) for _ in range(workers)}
+    """`workers` of those that `start` makes; a dead or silent one is replaced, a shard that kills two ends the run."""
+    events: PoolEvents = queue.Queue()
+    alive = {start(events) for _ in range(workers)}
     faults: list[str] = []
-    deaths: Counter[int] = Counter()
+    deaths: Counter[int | None] = Counter()  # by shard; None: between shards, or before it could say
     told = False
     try:
         while alive:
             if drain.asked and not told:
                 told = True
                 for process in alive:
-                    process.process.send_signal(signal.SIGUSR1)
+                    process.drain()
+            _kill_silent(alive, stall_seconds)
             try:
                 process, event = events.get(timeout=SCREEN_SECONDS)
             except queue.Empty:
                 progress.show()
                 continue
+            process.heard = time.monotonic()
             progress.take(event)
             progress.show()
             if event["event"] == "start":
@@ -271,27 +344,42 @@ def _pool(
                     return faults
             elif event["event"] == "gone":
                 alive.discard(process)
-                if event["status"] == 0 or told:  # the signal may have come before the worker could take it
+                if told and not process.silent:  # the signal may have come before the worker could take it
                     continue
-                if process.shard is None:
-                    return [*faults, f"a worker ended with status {event['status']} before its first shard"]
+                if event["status"] == 0 and process.shard is None:
+                    continue
+                how = f"status {event['status']}"
+                if process.silent:
+                    how = f"{stall_seconds:g} s without a sign of life"
                 deaths[process.shard] += 1
                 if deaths[process.shard] >= MAX_DEATHS:
-                    return [*faults, _deadly(plan, process.shard, event["status"])]
-                progress.say(f"a worker died (status {event['status']}) at shard {process.shard}; another takes over")
-                alive.add(_Process(folder, settings, events))
+                    return [*faults, _deadly(plan, process.shard, how)]
+                where = "between shards" if process.shard is None else f"at shard {process.shard}"
+                progress.say(f"a worker died ({how}) {where}; another takes over")
+                if not told:
+                    alive.add(start(events))
         return faults
     finally:
         for process in alive:
-            process.process.kill()
+            process.kill()
         for process in alive:
-            process.process.wait()
+            process.wait()
 
 
-def _deadly(plan: Plan, shard: int, status: int) -> str:
+def _kill_silent(alive: set[PoolWorker], stall_seconds: float) -> None:
+    """Ends every worker that reported nothing for so long; it is seen gone like one that died by itself."""
+    for process in alive:
+        if stall_seconds and time.monotonic() - process.heard > stall_seconds:
+            process.silent = True
+            process.kill()
+
+
+def _deadly(plan: Plan, shard: int | None, how: str) -> str:
+    if shard is None:
+        return f"{MAX_DEATHS} workers died before they could say at which shard, the last with {how}"
     first = plan.files[plan.shards[shard].segments[0].file].path
     return (
         f"shard {shard} ({first}{' and others' if len(plan.shards[shard].segments) > 1 else ''}): {MAX_DEATHS} workers "
-        f"died at it, the last with status {status} (-9: killed, most often for memory); give each worker more memory "
-        "or use fewer --workers"
+        f"died at it, the last with {how}; status -9 is most often for memory: give each worker more or use fewer "
+        "--workers; a worker that only was slow needs a larger --stall-seconds"
     )

@@ -28,7 +28,7 @@ from megatron_hybrid.tools.corpus.encoders import (
     special_pattern,
 )
 from megatron_hybrid.tools.corpus.plan import Plan, WorkShard
-from megatron_hybrid.tools.corpus.streams import InputFault, stored_size
+from megatron_hybrid.tools.corpus.streams import InputFault, is_compressed_name, stored_size
 from megatron_hybrid.tools.corpus.tokenizer_file import TokenizerFile
 from megatron_hybrid.tools.indexed_dataset import IndexedDatasetWriter
 from megatron_hybrid.tools.jsonl_reader import RejectedLine
@@ -218,6 +218,8 @@ class ShardWork:
         if self.on_error == "fail":
             whole = self.tally.start == 0
             where = f"{self._path}:{place.line}" if whole else f"{self._path} at byte {place.offset}"
+            if not whole and is_compressed_name(self._path):
+                where += f" of the text that starts at stored byte {self.tally.start}"
             raise RejectedUnderFail(
                 f"{where}: {error.reason}: {error}; repair the file, or pass --on-error skip to leave such lines out"
             )
@@ -232,6 +234,8 @@ class ShardWork:
             "reason": error.reason,
             "detail": str(error),
         }
+        if is_compressed_name(self._path) and self.tally.start:
+            entry["stored_offset"] = self.tally.start  # the text whose bytes `offset` counts starts there
         if self.on_error == "quarantine":
             entry["base64"] = base64.b64encode(raw[:QUARANTINED_BYTES]).decode()
             entry["bytes"] = len(raw)

@@ -89,9 +89,12 @@ def render(folder: Path, output: Path, args: argparse.Namespace) -> str:
         args.on_error,
         "--backend",
         args.backend,
+        "--stall-seconds",
+        str(args.stall_seconds),
     ]
     finish = [*tool, "finish", *where]
     finish += ["--max-rejected", str(args.max_rejected), "--prefix-bytes", str(args.prefix_bytes)]
+    finish += ["--upload-to", args.upload_to] if args.upload_to else []
     verify = [sys.executable, "-m", "megatron_hybrid.tools.inspect_data", "verify", str(output.resolve())]
     directives = "\n".join(
         f"#SBATCH --{name}={value}" for name in ("partition", "account") if (value := getattr(args, name))

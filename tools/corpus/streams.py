@@ -24,12 +24,21 @@ class InputFault(ToolError):
     """A file that cannot be read to its end. How many lines it has is unknown, so no policy can skip it."""
 
 
+class _NoFrame(Exception):
+    """No frame starts where one was said to."""
+
+
+def is_compressed_name(path: str) -> bool:
+    """Whether the suffix of `path` says that it is compressed; such a file may be cut where a frame starts."""
+    return path.endswith((".gz", ".zst"))
+
+
 def is_remote(path: str) -> bool:
     """Whether `path` is a URL for fsspec (s3://bucket/key) rather than a file of this machine."""
     return "://" in path
 
 
-def remote_filesystem(path: str) -> tuple[Any, str]:
+def remote_filesystem(path: str, flag: str = "--input") -> tuple[Any, str]:
     """(fsspec filesystem, path inside it) of a URL; raises ToolError if its driver is not installed."""
     import fsspec  # type: ignore[import-untyped]
 
@@ -37,7 +46,7 @@ def remote_filesystem(path: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise ToolError(
-            f"--input {path}: {error}; install the driver (s3:// needs s3fs, in the extra megatron-hybrid[data])"
+            f"{flag} {path}: {error}; install the driver (s3:// needs s3fs, in the extra megatron-hybrid[data])"
         ) from error
 
 
@@ -86,27 +95,53 @@ def decompression_errors() -> tuple[type[Exception], ...]:
     return (EOFError, zstd.ZstdError, cast(type[Exception], igzip_lib.IsalError))
 
 
-def _decoded(source: BinaryIO, make_decoder: Callable[[], Any], on_bytes: Callable[[int], object]) -> Iterator[bytes]:
-    """Decompressed chunks of all frames (members) of `source`; EOFError if it ends inside one."""
+def decoder_of(path: str) -> Callable[[], Any]:
+    """What makes a decoder for one frame of a file named .gz or .zst."""
+    return _gzip_decoder if path.endswith(".gz") else _zstd_decoder
+
+
+def _decoded(
+    source: BinaryIO,
+    make_decoder: Callable[[], Any],
+    on_bytes: Callable[[int], object],
+    position: int,
+    cut: int | None,
+    on_cut: Callable[[int], object],
+) -> Iterator[bytes]:
+    """Decompressed chunks of all frames (members) of `source`, which stands at stored offset `position`.
+
+    Calls `on_cut` with the number of bytes handed out so far where the frame at stored offset `cut` starts.
+    Raises EOFError if the file ends inside a frame, _NoFrame if none starts at `cut`.
+    """
     decoder: Any = None
     pending = b""
+    decoded = 0
     while True:
         if not pending and (decoder is None or decoder.needs_input):
             pending = source.read(READ_BYTES)
             on_bytes(len(pending))
+            position += len(pending)
             if not pending:
                 if decoder is not None:
                     raise EOFError("the file ends inside a compressed frame")
+                if cut is not None:
+                    raise _NoFrame
                 return
         if decoder is None:
             if make_decoder is _gzip_decoder:  # tapes and some tools pad members with zeros
                 pending = pending.lstrip(b"\0")
                 if not pending:
                     continue
+            if cut is not None and position - len(pending) >= cut:
+                if position - len(pending) > cut:
+                    raise _NoFrame
+                cut = None
+                on_cut(decoded)
             decoder = make_decoder()
         chunk = decoder.decompress(pending, CHUNK_BYTES)
         pending = b""
         if chunk:
+            decoded += len(chunk)
             yield chunk
         if decoder.eof:
             pending, decoder = decoder.unused_data, None
@@ -119,24 +154,34 @@ def _plain(source: BinaryIO, on_bytes: Callable[[int], object]) -> Iterator[byte
 
 
 def read_chunks(
-    path: str, source: BinaryIO, start: int = 0, on_bytes: Callable[[int], object] = lambda count: None
+    path: str,
+    source: BinaryIO,
+    start: int = 0,
+    on_bytes: Callable[[int], object] = lambda count: None,
+    cut: int | None = None,
+    on_cut: Callable[[int], object] = lambda decoded: None,
 ) -> Iterator[bytes]:
-    """Chunks of at most CHUNK_BYTES decompressed bytes; `start` is a byte offset, of plain files alone.
+    """Chunks of at most CHUNK_BYTES decompressed bytes, from stored offset `start` on.
 
-    `on_bytes` is called with the number of stored bytes read since its last call. Raises InputFault
-    for content that belies the suffix, and one of `decompression_errors()` for a damaged stream.
+    `on_bytes` is called with the number of stored bytes read since its last call. In a compressed file a frame
+    starts at `start`, and one at `cut`: `on_cut` is called with the number of decompressed bytes before it.
+    Raises InputFault for content that belies the suffix or has no frame at `cut`, and one of
+    `decompression_errors()` for a damaged stream.
     """
-    if start:
-        source.seek(start)
-        yield from _plain(source, on_bytes)
-        return
-    magic = source.read(4)
-    source.seek(0)
+    source.seek(start)
+    magic = b"" if start and not is_compressed_name(path) else source.read(4)
+    source.seek(start)
     kind = compression_of(path, magic)
     if kind == "plain":
         yield from _plain(source, on_bytes)
-    else:
-        yield from _decoded(source, _gzip_decoder if kind == "gz" else _zstd_decoder, on_bytes)
+        return
+    try:
+        yield from _decoded(source, _gzip_decoder if kind == "gz" else _zstd_decoder, on_bytes, start, cut, on_cut)
+    except _NoFrame:
+        raise InputFault(
+            f"{path}: no frame starts at byte {cut}, where the plan cut it; plan again with --shard-bytes above the "
+            "uncompressed size of this file, which leaves it whole"
+        ) from None
 
 
 def damaged(path: str, where: str, error: Exception) -> InputFault:

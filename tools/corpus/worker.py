@@ -43,6 +43,7 @@ class Settings:
 
     on_error: str = "fail"
     backend: str = "auto"
+    stall_seconds: float = 600.0  # a worker that reports nothing for so long is ended; 0: never
 
 
 def plan_tokenizer(plan: Plan) -> TokenizerFile:
@@ -104,6 +105,7 @@ class Worker:
                 return
             shard = next((one for one in todo if self.leases.take(one.name)), None)
             if shard is None:
+                self._say_often({"event": "idle"})
                 time.sleep(IDLE_SECONDS)
                 continue
             try:
@@ -156,11 +158,15 @@ class Worker:
         return work.run()
 
     def _progress(self, shard: WorkShard, progress: Progress) -> None:
+        totals = vars(progress) | {"rejected": dict(progress.rejected)}
+        self._say_often({"event": "progress", "shard": shard.index, **totals})
+
+    def _say_often(self, event: dict[str, Any]) -> None:
+        """Reports `event`, unless one was reported a moment ago."""
         now = time.monotonic()
         if now - self._reported > REPORT_SECONDS:
             self._reported = now
-            totals = vars(progress) | {"rejected": dict(progress.rejected)}
-            self.report({"event": "progress", "shard": shard.index, **totals})
+            self.report(event)
 
 
 def shard_files_exist(folder: Path, shard: WorkShard, record: dict[str, Any]) -> bool:

@@ -1,0 +1,109 @@
+"""`tools.plan` as typed: refusals in one line, verdicts, the search; without torch or numpy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hybrid.planning.job import Job
+from megatron_hybrid.tools import plan
+
+ROOT = Path(__file__).resolve().parents[2]
+H100 = ["--gpu", "H100", "--gpus", "512", "--preset", "olmo-hybrid-7b"]
+
+
+def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    status = 0
+    try:
+        plan.main(words)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--tensor-model-parallel-size 3", "--gpus 512: must be a multiple of --tensor-model-parallel-size 3"),
+        ("--tensor-model-parallel-size 32", "--tensor-model-parallel-size 32: must be at least 1 and at most"),
+        ("--global-batch-size 500", "--global-batch-size 500: must be a multiple of 512 data-parallel ranks"),
+        ("--micro-batch-size 2", "nearest legal: 1024, or --micro-batch-size 1"),
+        ("--context-parallel-size 2 --seq-length 8190", "--context-parallel-size 2: --seq-length 8190 must be"),
+        (
+            "--pipeline-model-parallel-size 4 --pipeline-layout auto:2 --tensor-model-parallel-size 4 "
+            "--sequence-parallel --micro-batch-size 2 --global-batch-size 576",
+            "must be a multiple of --pipeline-model-parallel-size 4; nearest legal: 512",
+        ),
+        ("--vocab-size 100278 --padded-vocab-size 100000", "--padded-vocab-size 100000: smaller than --vocab-size"),
+        ("--fp8-format e4m3 --fp8-recipe mxfp8", "--fp8-recipe mxfp8: not on H100; nearest legal: blockwise"),
+        ("--fp8-format hybrid --ffn-hidden-size 11000", "the MLP (--ffn-hidden-size, columns of linear_fc2) has 11000"),
+        ("", "--gpu H100: 86."),
+        ("--micro-batch-size x", "--micro-batch-size: invalid int value"),
+    ],
+)
+def test_check_refuses(given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = _run(capsys, "check", *H100, "--", *given.split())
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+def test_check_and_search_need_no_torch_and_no_numpy() -> None:
+    """Run by the Python that the virtual environment was made of, which has neither."""
+    command = [sys._base_executable, "-s", "-m", "megatron_hybrid.tools.plan"]
+    flags = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [*command, *words], cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "fits: TP 2, PP 1, CP 1, DP 256 on 512 H100" in run("check", *H100, "--", *flags)
+    found = run("search", *H100)
+    assert "days for 6T tokens" in found and "times are predictions" in found
+
+
+def test_what_the_remedy_names_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    err = _run(capsys, "check", *H100)[2]
+    remedy = err.rpartition("; fits with ")[2].split()
+    assert _run(capsys, "check", *H100, "--", *remedy)[0] == 0
+
+
+def test_what_the_search_prints_passes_the_check(capsys: pytest.CaptureFixture[str]) -> None:
+    out = _run(capsys, "search", *H100)[1]
+    pasted = [line.partition("flags")[2].split() for line in out.splitlines() if line.startswith("  flags")]
+    assert len(pasted) == 2
+    for flags in pasted:
+        assert _run(capsys, "check", *H100, "--", *flags)[0] == 0
+
+
+def test_measured_times_replace_the_estimates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    costs = tmp_path / "costs.json"
+    costs.write_text(json.dumps({"G": 100.0, "*": 100.0, "embedding": 0.0, "output": 0.0}))
+    out = _run(capsys, "search", *H100, "--costs", str(costs), "--top", "1")[1]
+    # 8,192 tokens in 3.2 s of layers; what else a step does is some per cent.
+    fastest = next(line for line in out.splitlines() if "tokens/s/GPU, MFU" in line)
+    assert 2200 < float(fastest.split()[0].replace(",", "")) < 8192 / 3.2
+    assert "measured layer times" in out
+    status, _, err = _run(capsys, "search", *H100, "--costs", str(tmp_path / "none.json"))
+    assert status == 2 and "--costs" in err
+
+
+def test_the_search_refuses_what_it_chooses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "`plan search` chooses it" in _run(capsys, "search", *H100, "--tensor-model-parallel-size", "2")[2]
+
+
+def test_full_recompute_keeps_one_tensor_a_layer() -> None:
+    from megatron_hybrid.flags import compose
+    from megatron_hybrid.planning import activations
+
+    words = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    job = Job.from_flags(compose("olmo-hybrid-7b", words), 512)
+    assert activations.kept(job, "G") == {"layer input": 8192 * 3840 * 2}

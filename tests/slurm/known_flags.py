@@ -1,0 +1,28 @@
+"""The flags of Megatron's parser with the plugin's and the command's own, for a check without torch.
+
+python -m tests.slurm.known_flags > examples/slurm/known_flags.txt     # after a change of Megatron or of the plugin
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def lines() -> list[str]:
+    """`--flag kind`, sorted; kind: none (takes no value), int, float or text."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_hybrid.config import HybridConfig
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_megatron_arguments(parser)
+    HybridConfig.add_to(parser)
+    found = {"--without": "text"}  # the command's own, besides --preset
+    for action in parser._actions:
+        kind = "none" if action.nargs == 0 else {int: "int", float: "float"}.get(action.type, "text")  # type: ignore[arg-type]
+        found |= {name: kind for name in action.option_strings if name.startswith("--")}
+    return [f"{name} {kind}" for name, kind in sorted(found.items()) if name != "--help"]
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))
