@@ -102,8 +102,8 @@ def supervise(cases: list[Case], args: argparse.Namespace, events: Path) -> None
                         worker.kill()
             finally:
                 worker.kill()
-        if _ended(events) < len(plan):
-            _write_death(events, worker.wait())
+        if (status := worker.wait()) and _ended(events) < len(plan):
+            _write_death(events, status)
         shown = _show(cases, events, args.output, shown)
     _draw(cases, events, args.output)
 

@@ -39,7 +39,7 @@ for PART in "${PARTS[@]}"; do
         COMPILING=$!
         "$PYTHON" -m megatron_hybrid.tools.fp8_acceptance --data-path "$DATA/text" ${TINY:+--tiny} \
             --tokenizer-model "$DATA/tokenizer.model" --output "$OUTPUT/acceptance" --checkpoints "$CHECKPOINTS" \
-            --steps "${STEPS:-500}" --budget-s "$(($(left) < ${ACCEPTANCE_S:-280} ? $(left) : ${ACCEPTANCE_S:-280}))"
+            --steps "${STEPS:-500}" --budget-s "$(($(left) < ${ACCEPTANCE_S:-330} ? $(left) : ${ACCEPTANCE_S:-330}))"
         kill $COMPILING 2>/dev/null
         wait $COMPILING
         ;;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -138,3 +139,32 @@ def test_scales_are_trusted_only_after_every_pickle_was_read_by_the_restricted_u
     assert extra_state.trust_after_check(state) == 1
     assert should_load_extra_state_pickle(good.numpy().tobytes(), "a linear")
     assert "unpickled" not in capfd.readouterr().out
+
+
+def _bf16_layers(rank: int) -> list[int]:
+    """Layers that a forward of a model of local modules asks no FP8 context for."""
+    from megatron.core import fp8_utils
+    from megatron.core.models.hybrid import hybrid_block
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    model, found = _build("local"), []
+    settings = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": True}
+    settings |= {"num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 2}
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+
+    def context(config: Any, layer: int = -1, **_: Any) -> Any:
+        found.extend([layer] * fp8_utils.is_first_last_bf16_layer(config, layer))
+        return nullcontext()
+
+    tokens = torch.zeros(1, tiny.SEQUENCE, dtype=torch.long)
+    with patch.object(hybrid_block, "get_fp8_context", context):
+        model(input_ids=tokens, position_ids=torch.arange(tiny.SEQUENCE)[None], attention_mask=None)
+    return found
+
+
+def test_first_and_last_layers_are_those_of_the_pattern() -> None:
+    last = len(tiny.PATTERN) - 1
+    assert run_ranks(_bf16_layers, 1) == [[0, last - 1, last]]

@@ -45,7 +45,7 @@ _EIGHT = (*_RUN, *words("--num-layers 8 --hybrid-layer-pattern GGG*GGG* --no-ski
 _SHORT = (*_EIGHT, *words("--global-batch-size 2"))
 #: 2,441 million parameters in eight layers, the hybrid 2,436 million.
 _TRANSFORMER = words("--num-layers 8 --hybrid-layer-pattern ********")
-_MEGATRON = words("--spec megatron_hybrid.tools.gpu_bench.peer megatron_gdn_stack_spec")
+_MEGATRON = words("--spec megatron_hybrid.tools.gpu_bench.peer_spec megatron_gdn_stack_spec")
 _LONG = words("--seq-length 65536 --max-position-embeddings 65536 --global-batch-size 1 --loss-chunk-tokens 8192")
 LEAN = words("--use-precision-aware-optimizer --main-grads-dtype bf16 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16")
 
@@ -152,14 +152,15 @@ WARM_UP = [
 #: For trying the tool itself, on CPU too.
 _TINY_RUN = words(
     "--mock-data --train-iters 10 --lr 1e-3 --min-lr 1e-4 --lr-warmup-iters 0 --micro-batch-size 1 "
-    "--global-batch-size 2 --num-layers 4 --hybrid-layer-pattern GGG* --seq-length 64"
+    "--global-batch-size 2 --num-layers 4 --hybrid-layer-pattern GGG* --seq-length 64 "
+    "--bf16 --use-distributed-optimizer"
 )
 
 
 def tiny() -> list[Case]:
     """The kinds of cases at sizes of the smallest preset."""
     flags = _TINY_RUN
-    small = {"preset": "olmo-hybrid-tiny", "warmup": 1, "steps": 2}
+    small = {"preset": "olmo-hybrid-tiny", "warmup": 1, "steps": 1}
     return [
         Case("ours", "8k", flags=flags, **small),  # type: ignore[arg-type]
         Case("unknown flag", "8k", flags=(*flags, "--no-such-flag"), **small),  # type: ignore[arg-type]

@@ -119,7 +119,11 @@ class Trained:
         self.data = batches(tokens, args.seq_length, args.micro_batch_size)
         self.config.finalize_model_grads_func = finalize_model_grads
         self.skip_step: Any = None
-        self.optimizer = self._optimizer() if with_optimizer else None
+        try:
+            self.optimizer = self._optimizer() if with_optimizer else None
+        except BaseException:  # out of memory, most often
+            self.close()
+            raise
         if self.optimizer is not None:
             self.config.grad_scale_func = self.optimizer.scale_loss
 
@@ -193,7 +197,16 @@ class Trained:
         }
 
     def close(self) -> None:
-        """Free the memory."""
+        """Free the memory.
+
+        The collector does not see that Megatron's distributed optimizer refers, through the autograd graph of its
+        shards of fp32 parameters, to hooks that refer to the whole model: they are removed first.
+        """
+        for chunk in self.model:
+            for node in chunk.grad_accs:
+                hooks = node.register_hook(lambda *_: None).hooks_dict_ref()
+                if hooks is not None:
+                    hooks.clear()
         self.__dict__.clear()
         free()
 
@@ -212,6 +225,18 @@ def free() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def live_bytes() -> int:
+    """What tensors hold now: on a GPU its allocator's count, else of all tensors that the collector knows."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    storages = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.Tensor):
+            storage = found.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def peak_bytes() -> int:

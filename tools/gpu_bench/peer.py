@@ -1,4 +1,4 @@
-"""What the plugin is measured against: Megatron-Core's GDN layer on flash-linear-attention, and Hugging Face's model.
+"""What the plugin is measured against: Hugging Face's model, and (peer_spec.py) Megatron-Core's GDN layer.
 
 flash-linear-attention 0.6.0 refuses its gated backward on Hopper with triton 3.4 to 3.7.0, where some of its gradients
 are wrong (its issue #640). `allow_fla_backward` switches that check off in this process: its times are valid then, the
@@ -8,7 +8,6 @@ gradients of its gates are not.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,39 +19,6 @@ def allow_fla_backward() -> None:
     import fla.ops.common.chunk_o as chunk_o
 
     chunk_o.TRITON_ABOVE_3_7_1 = True
-
-
-def _megatron_gdn_spec() -> Any:
-    from megatron.core.extensions.transformer_engine import (
-        TELayerNormColumnParallelLinear,
-        TENorm,
-        TERowParallelLinear,
-    )
-    from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
-    from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
-
-    spec = build_stack_spec(implementation="transformer_engine")
-    mixer = ModuleSpec(
-        module=GatedDeltaNet,
-        submodules=GatedDeltaNetSubmodules(
-            in_proj=TELayerNormColumnParallelLinear, out_norm=TENorm, out_proj=TERowParallelLinear
-        ),
-    )
-    layer = spec.submodules.gdn_layer
-    inside = replace(layer.submodules, self_attention=mixer, input_layernorm=IdentityOp)
-    spec.submodules.gdn_layer = replace(layer, submodules=inside)
-    return spec
-
-
-def __getattr__(name: str) -> Any:
-    """`--spec megatron_hybrid.tools.gpu_bench.peer megatron_gdn_stack_spec`: built when asked for, it needs a GPU."""
-    if name == "megatron_gdn_stack_spec":
-        allow_fla_backward()
-        return _megatron_gdn_spec()
-    raise AttributeError(name)
 
 
 class HuggingFace:

@@ -1,4 +1,4 @@
-"""The process that runs visits, one after another; its parent starts another one when it dies."""
+"""The process that runs visits, one after another; its parent starts another one when it ends."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from megatron_hybrid.compat import software
 from megatron_hybrid.tools.gpu_bench import harness
 from megatron_hybrid.tools.gpu_bench.cases import Case, visits
 
+#: A visit that leaves more behind is the last of its process, so that the next one has all the memory.
+MOST_LEFT_BYTES = 2**29
+
 
 def run(cases: list[Case], first: int, events: Path, deadline: float, tokens_file: str | None) -> None:
     """Visits from number `first` on; every beginning and end is a line of `events`."""
@@ -24,6 +27,7 @@ def run(cases: list[Case], first: int, events: Path, deadline: float, tokens_fil
     _write(events, {"event": "about", "software": software()})
     tokens = {False: harness.read_tokens(None), True: harness.read_tokens(tokens_file)}
     harness.start()
+    before = harness.live_bytes()
     for index in range(first, len(plan)):
         case, number = plan[index]
         began = time.time()
@@ -32,7 +36,11 @@ def run(cases: list[Case], first: int, events: Path, deadline: float, tokens_fil
             continue
         _write(events, {"event": "begin", "visit": index, "time": began})
         result = _visit(case, tokens[case.text])
-        _write(events, {"event": "end", "visit": index, "round": number, "seconds": time.time() - began, **result})
+        left = harness.live_bytes() - before
+        result |= {"seconds": time.time() - began, "left_bytes": left}
+        _write(events, {"event": "end", "visit": index, "round": number, **result})
+        if left > MOST_LEFT_BYTES:
+            return
 
 
 def _write(events: Path, entry: dict[str, Any]) -> None:

@@ -1,0 +1,61 @@
+"""The tools that measure on a GPU, tried on CPU: memory between cases, and what an acceptance calls passed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hybrid.tools.fp8_acceptance import verdict
+
+
+def _run(tool: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"megatron_hybrid.tools.{tool}", *flags], capture_output=True, text=True
+    )
+
+
+def test_a_case_leaves_no_model_behind(tmp_path: Path) -> None:
+    """Two models of 230 MB (weights, gradients, moments) in one process; and a case that fails is a row."""
+    cases = ("--case=ours", "--case=unknown flag", "--group=8k")
+    ended = _run("bench_training", "--tiny", "--output", str(tmp_path), *cases)
+    assert ended.returncode == 0, ended.stderr
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert sum(event["event"] == "about" for event in events) == 1  # one process
+    visits = [event for event in events if event["event"] == "end"]
+    assert [("error" in visit) for visit in visits] == [False, True] * 2
+    assert max(visit["left_bytes"] for visit in visits) < 2**20
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [bool(row.get("tokens_per_s")) for row in rows] == [True, False]
+
+
+@pytest.mark.parametrize("tool", ["bench_training", "fp8_acceptance"])
+def test_help_and_bad_names(tool: str, tmp_path: Path) -> None:
+    assert "--output" in _run(tool, "--help").stdout
+    flags = {
+        "bench_training": ["--case", "nothing"],
+        "fp8_acceptance": ["--variant", "nothing", "--data-path", "x", "--tokenizer-model", "x"],
+    }[tool]
+    ended = _run(tool, *flags, "--output", str(tmp_path / "new"))
+    assert ended.returncode and f"{flags[0]} 'nothing': unknown; legal: " in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({}, "passed"),
+        ({"final_20": 3.02}, "final loss"),
+        ({"final_20": float("nan")}, "final loss"),
+        ({"skipped": 2.0}, "2 skipped steps"),
+        ({"resumed_equal": 19}, "resumption: 19 of 20 losses equal"),
+        ({"resumed_equal": 0, "resumed_steps": 0}, "resumption: 0 of 20 losses equal"),
+        ({"errors": ["run was ended"]}, "run was ended"),
+    ],
+)
+def test_what_acceptance_calls_passed(row: dict[str, Any], said: str) -> None:
+    whole = {"errors": [], "final_20": 3.0, "skipped": 0.0, "resumed_equal": 20, "resumed_steps": 20}
+    assert verdict({**whole, **row}, whole, 20) == said
