@@ -25,6 +25,7 @@ SUFFIX = "_extra_state"
 
 #: By which Transformer Engine is told that pickled state may be loaded.
 TRUSTED = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+_trusted_by_user = os.environ.get(TRUSTED) == "1"
 
 
 class ForeignPickle(ValueError):
@@ -65,7 +66,7 @@ def trust_after_check(state: Any) -> int:
         ForeignPickle: one holds anything but scales, plain values and the name of its recipe.
     """
     count = 0
-    if os.environ.get(TRUSTED) == "1":
+    if _trusted_by_user:
         return count
     for key, value in _entries(state):
         if isinstance(value, torch.Tensor) and value.numel():
