@@ -134,20 +134,24 @@ def check_names(flags: Sequence[str]) -> None:
         FlagError: naming the flag, its value, and the nearest flag or the legal values.
     """
     known = dict(line.split(" ", 1) for line in KNOWN.read_text().splitlines())
-    flag = ""
+    given: list[tuple[str, list[str]]] = []
     for word in flags:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
-            if flag not in known:
-                nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)[0]
-                raise FlagError(f"{flag}: no such flag; nearest: {nearest}")
-            values = [value] if equals else []
-        elif flag:
-            values = [word]
+            given.append((flag, [value] * bool(equals)))
+        elif given:
+            given[-1][1].append(word)
         else:
             raise FlagError(f"{word}: a value without a flag before it")
+    for flag, values in given:
+        if flag not in known:
+            nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)[0]
+            raise FlagError(f"{flag}: no such flag; nearest: {nearest}")
+        kind = known[flag].removesuffix("+")
         for value in values:
-            _check_kind(flag, value, known[flag])
+            _check_kind(flag, value, kind)
+        if known[flag] == kind != "none" and len(values) != 1:
+            raise FlagError(f"{' '.join([flag, *values])}: takes one value")
 
 
 def _check_kind(flag: str, value: str, kind: str) -> None:

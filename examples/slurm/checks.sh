@@ -204,7 +204,7 @@ KNOWN_FLAGS=$HERE/../../megatron_hybrid/known_flags.txt
 
 # Names and values against the list of flags; the whole is judged by check_plan, and on the nodes by Megatron.
 check_flags() {
-    local word name kind flag='' line
+    local word name kind='' flag='' line
     for word in "${FLAGS[@]}"; do
         if [[ $word != --* ]]; then
             case $kind in
@@ -220,8 +220,9 @@ check_flags() {
         flag=${word%%=*}
         [ -z "${OWNED[$flag]:-}" ] || problem "FLAGS: $flag: set by the launcher; use ${OWNED[$flag]}"
         line=$(grep -m 1 -- "^$flag " "$KNOWN_FLAGS") || line=
-        read -r name kind <<<"$line"
+        read -r name kind <<<"${line%+}"
         [ -n "$name" ] || problem "FLAGS: $flag: no such flag; nearest: $(nearest_flag "$flag")"
+        kind=${kind:-text} # of an unknown flag: its value is no second fault
     done
 }
 

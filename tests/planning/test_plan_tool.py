@@ -47,6 +47,8 @@ def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         ("--micro-batch-size x", "--micro-batch-size x: must be a whole number"),
         ("--micro-batch-sise 4", "--micro-batch-sise: no such flag; nearest: --micro-batch-size"),
         ("--fp8-format e5m2", "--fp8-format e5m2: legal: e4m3, hybrid"),
+        ("--lr", "--lr: takes one value"),
+        ("--lr 1e-4 1e-5", "--lr 1e-4 1e-5: takes one value"),
         ("--bf16 true", "--bf16 true: takes no value"),
         ("x", "x: a value without a flag before it"),
     ],

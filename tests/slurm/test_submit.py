@@ -133,6 +133,7 @@ FILES = [
     ("NODES=(3)", "NODES: is one value: NODES=VALUE"),
     ("NCCL=(NCCL_DEBUG=INFO)", "NCCL: 'NCCL_DEBUG=INFO': must be 'NCCL_NAME=VALUE because REASON'"),
     ("PASS_ENV=(SURELY_NOT_SET)", "PASS_ENV: SURELY_NOT_SET: not set where the run is submitted"),
+    ("FLAGS=(7)", "FLAGS: 7: a value without a flag before it"),
     ("DATA=(/no/such/prefix)", "DATA: /no/such/prefix.bin: does not exist"),
     ("START=from FROM=/no/such/run", "FROM=/no/such/run: does not exist"),
     ("CONTAINER_MOUNTS=(/x:/x)", "CONTAINER_MOUNTS: given without CONTAINER_IMAGE"),
