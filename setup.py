@@ -29,7 +29,7 @@ setup(
     python_requires="==3.12.*",  # megatron-core 0.19.2 ships a compiled helper for cp312 only
     packages=list(FOLDERS),
     package_dir=FOLDERS,
-    package_data={"megatron_hybrid": ["py.typed"]},
+    package_data={"megatron_hybrid": ["py.typed", "known_flags.txt"]},
     install_requires=[
         "torch==2.11.0",
         "triton==3.6.0",

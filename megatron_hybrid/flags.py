@@ -23,6 +23,9 @@ ALTERNATIVES = (
 #: Optimizers whose update SkipStep cannot take back.
 _NOT_JUDGED = ("optimizer-cpu-offload", "optimizer-cuda-graph", "use-megatron-fsdp", "use-torch-fsdp2")
 
+#: `--flag kind` of all flags, as Megatron's parser and the plugin's have them (tests/slurm/known_flags.py).
+KNOWN = Path(__file__).with_name("known_flags.txt")
+
 _DATA_FLAGS = ("data-path", "train-data-path", "valid-data-path", "test-data-path")
 
 
@@ -122,6 +125,46 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         return parser.parse_known_args(list(flags))[0]
     except argparse.ArgumentError as error:
         raise FlagError(f"{error.argument_name}: {error.message}") from None
+
+
+def check_names(flags: Sequence[str]) -> None:
+    """Refuse unknown flags and values of the wrong kind where Megatron's parser, which needs torch, does not run.
+
+    Raises:
+        FlagError: naming the flag, its value, and the nearest flag or the legal values.
+    """
+    known = dict(line.split(" ", 1) for line in KNOWN.read_text().splitlines())
+    given: list[tuple[str, list[str]]] = []
+    for word in flags:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            given.append((flag, [value] * bool(equals)))
+        elif given:
+            given[-1][1].append(word)
+        else:
+            raise FlagError(f"{word}: a value without a flag before it")
+    for flag, values in given:
+        if flag not in known:
+            nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)[0]
+            raise FlagError(f"{flag}: no such flag; nearest: {nearest}")
+        kind = known[flag].removesuffix("+")
+        for value in values:
+            _check_kind(flag, value, kind)
+        if known[flag] == kind != "none" and len(values) != 1:
+            raise FlagError(f"{' '.join([flag, *values])}: takes one value")
+
+
+def _check_kind(flag: str, value: str, kind: str) -> None:
+    if kind == "none":
+        raise FlagError(f"{flag} {value}: takes no value")
+    if "|" in kind and value not in kind.split("|"):
+        raise FlagError(f"{flag} {value}: legal: {kind.replace('|', ', ')}")
+    if kind in ("int", "float"):
+        try:
+            (int if kind == "int" else float)(value)
+        except ValueError:
+            legal = "a whole number" if kind == "int" else "a number"
+            raise FlagError(f"{flag} {value}: must be {legal}") from None
 
 
 def check(flags: Sequence[str]) -> None:

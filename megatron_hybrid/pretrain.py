@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_hybrid import compat, fp8
 from megatron_hybrid.checkpoint.discovery import EXIT_UNLOADABLE, Unloadable
 from megatron_hybrid.config import HybridConfig
-from megatron_hybrid.flags import FlagError, check, compose, wsds_ends
+from megatron_hybrid.flags import FlagError, check, check_names, compose, wsds_ends
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.plan import plan
 from megatron_hybrid.presets import NAMES
@@ -154,6 +154,7 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
             print("\n".join(_one_flag_a_line(flags)))
             raise SystemExit(0)
         if own.dry_run:
+            check_names(rest)
             check([*flags, "--mock-data"])
             print(plan(flags, own.preset, rest, own.gpus))
             raise SystemExit(0)

@@ -197,7 +197,11 @@ def force_fla_backward() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_hybrid.tools.bench_kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--heads", type=int, default=30)
     parser.add_argument("--key-dim", type=int, default=96)
     parser.add_argument("--value-dim", type=int, default=192)

@@ -325,7 +325,7 @@ def main() -> None:
     try:
         import datatrove  # noqa: F401
     except ImportError:
-        raise ToolError("datatrove is not installed; pip install 'megatron-hybrid[clean]'") from None
+        raise ToolError("datatrove is not installed; pip install -e '.[clean]'") from None
     accounts = Cleaning(args).run()
     with atomic_open(args.output_dir / "clean.json") as handle:
         handle.write(json.dumps(accounts, indent=1).encode() + b"\n")

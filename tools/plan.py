@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_hybrid import flops
-from megatron_hybrid.flags import FlagError, check, compose
+from megatron_hybrid.flags import FlagError, check, check_names, compose
 from megatron_hybrid.fp8 import RECIPES, possible
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.planning import hardware, memory, search, traffic
@@ -117,6 +117,12 @@ def _detail(one: Found) -> Iterator[str]:
     yield f"  flags       {search.flags(job)}"
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
+    return int(text)
+
+
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="python -m megatron_hybrid.tools.plan", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -126,10 +132,10 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     ):
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("--gpu", choices=list(GPUS), required=True)
-        command.add_argument("--gpus", type=int, required=True, help="of the whole job")
+        command.add_argument("--gpus", type=_positive, required=True, help="of the whole job")
         command.add_argument("--preset", metavar="NAME", help="named set of flags; Megatron's flags replace them")
         command.add_argument("--without", metavar="FLAG", action="append", default=[], help="as in training")
-    command.add_argument("--top", type=int, default=5, help="layouts to print (default: 5)")
+    command.add_argument("--top", type=_positive, default=5, help="layouts to print (default: 5)")
     command.add_argument(
         "--costs", type=Path, metavar="FILE",
         help="JSON with measured ms of one sequence on one GPU, forward and backward: {G, *, embedding, output}",
@@ -141,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--"]
     own, rest = _arguments(words)
     try:
+        check_names(rest)
         flags, _ = pipeline_layout.resolve(compose(own.preset, rest, own.without))
         check([*flags, "--mock-data"])  # data are not looked for
         if own.command == "check":

@@ -55,7 +55,7 @@ def _line(text: str, start: str) -> str:
 
 def main() -> None:
     """Command-line entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m megatron_hybrid.tools.quickstart_report", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of the quickstart's run")
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--device", required=True)

@@ -202,7 +202,11 @@ def tune(H: int, K: int, V: int, T: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_hybrid.tools.tune_kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--report", action="store_true", help="compile and report instead of tuning")
     parser.add_argument("--heads", type=int, default=30)
     parser.add_argument("--key-dim", type=int, default=96)

@@ -76,7 +76,11 @@ def _print(found: Iteration) -> None:
 
 def main() -> None:
     """Command-line entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_hybrid.tools.watch_training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--log", type=Path, required=True, help="file that gets every line")
     watch(sys.stdin, parser.parse_args().log)
 

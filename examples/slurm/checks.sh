@@ -200,15 +200,18 @@ check_data() {
     done
 }
 
+KNOWN_FLAGS=$HERE/../../megatron_hybrid/known_flags.txt
+
 # Names and values against the list of flags; the whole is judged by check_plan, and on the nodes by Megatron.
 check_flags() {
-    local word name kind flag='' line
+    local word name kind='' flag='' line
     for word in "${FLAGS[@]}"; do
         if [[ $word != --* ]]; then
             case $kind in
             int) [[ $word =~ ^-?[0-9]+$ ]] || problem "FLAGS: $flag $word: must be a whole number" ;;
             float) [[ $word =~ ^-?[0-9.]+([eE][-+]?[0-9]+)?$ ]] || problem "FLAGS: $flag $word: must be a number" ;;
             none) problem "FLAGS: $word: $flag takes no value" ;;
+            *"|"*) [[ "|$kind|" == *"|$word|"* ]] || problem "FLAGS: $flag $word: legal: ${kind//|/, }" ;;
             '') problem "FLAGS: $word: a value without a flag before it" ;;
             esac
             [[ $flag != --instance-data || $word != /* || -e $word ]] || problem "FLAGS: $flag $word: does not exist"
@@ -216,9 +219,10 @@ check_flags() {
         fi
         flag=${word%%=*}
         [ -z "${OWNED[$flag]:-}" ] || problem "FLAGS: $flag: set by the launcher; use ${OWNED[$flag]}"
-        line=$(grep -m 1 -- "^$flag " "$HERE/known_flags.txt") || line=
-        read -r name kind <<<"$line"
+        line=$(grep -m 1 -- "^$flag " "$KNOWN_FLAGS") || line=
+        read -r name kind <<<"${line%+}"
         [ -n "$name" ] || problem "FLAGS: $flag: no such flag; nearest: $(nearest_flag "$flag")"
+        kind=${kind:-text} # of an unknown flag: its value is no second fault
     done
 }
 
@@ -228,7 +232,7 @@ nearest_flag() {
         ((${#name} - ${#1} < 4 && ${#1} - ${#name} < 4)) || continue
         far=$(distance "$1" "$name")
         ((far < least)) && least=$far && best=$name
-    done < <(grep -- "^${1:0:4}" "$HERE/known_flags.txt")
+    done < <(grep -- "^${1:0:4}" "$KNOWN_FLAGS")
     echo "${best:-none; python -m megatron_hybrid.pretrain --help-all lists them}"
 }
 

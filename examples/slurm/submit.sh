@@ -42,7 +42,8 @@ parse_command_line() {
         esac
         shift
     done
-    [ "${#FILES[@]}" -gt 0 ] || fail "no env file; those of the examples: $(cd "$HERE/env" && echo ./*.env)"
+    [ "${#FILES[@]}" -gt 0 ] ||
+        fail "no env file; in $HERE/env: $(find "$HERE/env" -name '*.env' ! -name site.env -printf '%f\n' | sort | xargs)"
 }
 
 load_run() {

@@ -44,7 +44,13 @@ def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         ("--fp8-format e4m3 --fp8-recipe mxfp8", "--fp8-recipe mxfp8: not on H100; nearest legal: blockwise"),
         ("--fp8-format hybrid --ffn-hidden-size 11000", "the MLP (--ffn-hidden-size, columns of linear_fc2) has 11000"),
         ("", "--gpu H100: 86."),
-        ("--micro-batch-size x", "--micro-batch-size: invalid int value"),
+        ("--micro-batch-size x", "--micro-batch-size x: must be a whole number"),
+        ("--micro-batch-sise 4", "--micro-batch-sise: no such flag; nearest: --micro-batch-size"),
+        ("--fp8-format e5m2", "--fp8-format e5m2: legal: e4m3, hybrid"),
+        ("--lr", "--lr: takes one value"),
+        ("--lr 1e-4 1e-5", "--lr 1e-4 1e-5: takes one value"),
+        ("--bf16 true", "--bf16 true: takes no value"),
+        ("x", "x: a value without a flag before it"),
     ],
 )
 def test_check_refuses(given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

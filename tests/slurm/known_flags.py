@@ -1,6 +1,6 @@
 """The flags of Megatron's parser with the plugin's and the command's own, for a check without torch.
 
-python -m tests.slurm.known_flags > examples/slurm/known_flags.txt     # after a change of Megatron or of the plugin
+python -m tests.slurm.known_flags > megatron_hybrid/known_flags.txt     # after a change of Megatron or of the plugin
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import argparse
 
 
 def lines() -> list[str]:
-    """`--flag kind`, sorted; kind: none (takes no value), int, float or text."""
+    """`--flag kind`, sorted; kind: none (takes no value), int, float, the legal words joined by |, or text; + after
+    it: any number of values."""
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_hybrid.config import HybridConfig
@@ -19,7 +20,10 @@ def lines() -> list[str]:
     HybridConfig.add_to(parser)
     found = {"--without": "text"}  # the command's own, besides --preset
     for action in parser._actions:
-        kind = "none" if action.nargs == 0 else {int: "int", float: "float"}.get(action.type, "text")  # type: ignore[arg-type]
+        words = [word for word in action.choices or () if isinstance(word, str)]
+        text = "|".join(words) if len(words) > 1 else "text"
+        kind = "none" if action.nargs == 0 else {int: "int", float: "float"}.get(action.type, text)  # type: ignore[arg-type]
+        kind += "+" * (action.nargs not in (0, None))
         found |= {name: kind for name in action.option_strings if name.startswith("--")}
     return [f"{name} {kind}" for name, kind in sorted(found.items()) if name != "--help"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hybrid.flags import KNOWN
 from tests.slurm import known_flags
 from tests.slurm.runs import ROOT, make_site, submit, training, write_env
 
@@ -106,6 +107,7 @@ REFUSED = [
     (["CONTAINER_IMAGE=nvcr.io#nvidia/x"], "tokenizer: no mount of the container holds it"),
     (["--", "--tensor-model-paralel-size", "4"], "no such flag; nearest: --tensor-model-parallel-size"),
     (["--", "--lr", "3e-4x"], "FLAGS: --lr 3e-4x: must be a number"),
+    (["--", "--fp8-format", "e5m2"], "FLAGS: --fp8-format e5m2: legal: e4m3, hybrid"),
     (["--", "--save", "/x"], "FLAGS: --save: set by the launcher; use RUN"),
     (["NODES=63"], "--global-batch-size 512: must be a multiple of 252 .* nearest legal: 504"),
     (["NODES=1", "--", "--pipeline-model-parallel-size", "3"], "--pipeline-model-parallel-size 3: "),
@@ -131,6 +133,7 @@ FILES = [
     ("NODES=(3)", "NODES: is one value: NODES=VALUE"),
     ("NCCL=(NCCL_DEBUG=INFO)", "NCCL: 'NCCL_DEBUG=INFO': must be 'NCCL_NAME=VALUE because REASON'"),
     ("PASS_ENV=(SURELY_NOT_SET)", "PASS_ENV: SURELY_NOT_SET: not set where the run is submitted"),
+    ("FLAGS=(7)", "FLAGS: 7: a value without a flag before it"),
     ("DATA=(/no/such/prefix)", "DATA: /no/such/prefix.bin: does not exist"),
     ("START=from FROM=/no/such/run", "FROM=/no/such/run: does not exist"),
     ("CONTAINER_MOUNTS=(/x:/x)", "CONTAINER_MOUNTS: given without CONTAINER_IMAGE"),
@@ -201,7 +204,7 @@ def test_lead_time_is_judged_by_the_settings_or_the_last_log(tmp_path: Path) -> 
 
 
 def test_known_flags_are_megatrons() -> None:
-    assert (SLURM / "known_flags.txt").read_text().split("\n") == [*known_flags.lines(), ""]
+    assert KNOWN.read_text().split("\n") == [*known_flags.lines(), ""]
 
 
 #: What nvidia-smi prints for a query; in its place where there is no GPU.

@@ -193,7 +193,7 @@ def _import_extra(package: str, flag: str) -> Any:
     try:
         return import_module(package)
     except ImportError:
-        raise ToolError(f"{flag}: needs {package}; pip install megatron-hybrid[data]") from None
+        raise ToolError(f"{flag}: needs {package}; pip install -e '.[data]'") from None
 
 
 def reference_encoder(file: TokenizerFile, keep_special: bool) -> Encoder:

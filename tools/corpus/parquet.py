@@ -15,7 +15,7 @@ def _pyarrow() -> Any:
         import pyarrow  # type: ignore[import-untyped]
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError:
-        raise ToolError("--input: Parquet files need pyarrow; pip install megatron-hybrid[data]") from None
+        raise ToolError("--input: Parquet files need pyarrow; pip install -e '.[data]'") from None
     return pyarrow
 
 

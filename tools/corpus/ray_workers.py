@@ -56,7 +56,7 @@ def connect(workers: int) -> None:
     try:
         import ray
     except ImportError:
-        raise ToolError("--engine ray: Ray is not installed; pip install 'megatron-hybrid[ray]'") from None
+        raise ToolError("--engine ray: Ray is not installed; pip install -e '.[ray]'") from None
     here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
     try:
         ray.init(

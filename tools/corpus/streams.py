@@ -46,7 +46,7 @@ def remote_filesystem(path: str, flag: str = "--input") -> tuple[Any, str]:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise ToolError(
-            f"{flag} {path}: {error}; install the driver (s3:// needs s3fs, in the extra megatron-hybrid[data])"
+            f"{flag} {path}: {error}; install the driver (s3:// needs s3fs: pip install -e '.[data]')"
         ) from error
 
 
