@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron_hybrid.checkpoint.discovery import Unloadable
 from megatron_hybrid.training.skip_step import STATE_KEY
 
 #: What tells parameter groups apart in every stage; the other keys of a group are a stage's rates, or Adam's state.
@@ -18,27 +19,27 @@ _KIND = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "optimiz
 _RATES = ("max_lr", "min_lr", "start_wd", "end_wd", "lr", "weight_decay", "betas", "eps")
 
 
-def install(say: Callable[[str], None]) -> None:
-    """Let Megatron's trainer keep them. say: prints one line, on one rank."""
+def install() -> None:
+    """Let Megatron's trainer keep them; Unloadable where the checkpoint has none."""
     from megatron.training import checkpointing, training
 
-    checkpointing._maybe_setup_gpt_to_hybrid_load = _with_optimizer_state(
-        checkpointing._maybe_setup_gpt_to_hybrid_load, say
-    )
+    checkpointing._maybe_setup_gpt_to_hybrid_load = _with_optimizer_state(checkpointing._maybe_setup_gpt_to_hybrid_load)
     training.load_checkpoint = _with_new_rates(training.load_checkpoint)
 
 
-def _with_optimizer_state(original: Callable[..., Any], say: Callable[[str], None]) -> Callable[..., Any]:
+def _with_optimizer_state(original: Callable[..., Any]) -> Callable[..., Any]:
     """Megatron asks it whether to load optimizer state though iteration and schedule start anew."""
 
     def asked(args: Any, saved_args: Any, model: Any) -> tuple[Any, bool]:
         layer_maps, load = original(args, saved_args, model)
         if not args.finetune:
             return layer_maps, load
-        has_state = hasattr(saved_args, "lr") and not getattr(saved_args, "no_save_optim", False)
-        if not has_state:
-            say("--keep-moments: no optimizer state in the checkpoint; Adam's moments start at zero")
-        return layer_maps, load or has_state
+        if not hasattr(saved_args, "lr") or getattr(saved_args, "no_save_optim", False):
+            raise Unloadable(
+                f"--keep-moments: no optimizer state in --pretrained-checkpoint {args.pretrained_checkpoint}; give one "
+                "that has it, or add --no-keep-moments, and Adam's moments start at zero"
+            )
+        return layer_maps, True
 
     return asked
 

@@ -66,7 +66,7 @@ class Run:
         if args.keep_moments:
             from megatron_hybrid.training import stage_change
 
-            stage_change.install(say)
+            stage_change.install()
         args.exit_signal_handler = True  # Megatron's loop asks its handler once a step
         global_vars._GLOBAL_SIGNAL_HANDLER = self.stop
         self.guard = NonFiniteGuard(args.max_nonfinite_steps)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_hybrid.checkpoint.average import AverageOptions, average
 from megatron_hybrid.tools.plot_run import read_series
 from tests.checkpoint.runs import arguments, assert_same, kill_all_at, train, weights_and_moments
 from tests.parallel.ranks import run_ranks
@@ -54,6 +55,14 @@ def test_moments_are_kept_and_a_killed_stage_resumes(straight: Path, data: Path,
     assert found[0][1:] == found[1][1:] == ({6.0}, {RATE})
     rates = read_series(whole / "tensorboard")["learning-rate"]  # at i, the rate of the step after it
     assert list(rates.values) == pytest.approx([RATE * (1 - i / 6) for i in range(1, 7)], rel=1e-5)
+
+    without = tmp_path / "without"
+    average(AverageOptions((str(straight / "checkpoints"),) * 2, without, optimizer=False))
+    refused = arguments(data, tmp_path / "refused", "--pretrained-checkpoint", str(without), *NEXT)
+    assert run_ranks(train, 2, tmp_path / "refused", [*refused, "--load", str(tmp_path / "refused/checkpoints")]) == [
+        3,
+        3,
+    ]
 
     with pytest.raises(AssertionError, match=r"exit codes \[-9, -9\]"):
         run_ranks(train, 2, killed, flags(killed), kill_all_at(5))
