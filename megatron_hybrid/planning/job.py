@@ -162,9 +162,12 @@ def data_parallel_size(gpus: int, tp: int, pp: int, cp: int) -> int:
     split = tp * pp * cp
     if gpus < 1 or gpus % split:
         nearest = max(1, gpus // split) * split  # one has no more GPUs than one has
+        legal = [n for n in range(1, 2 * tp) if gpus > 0 and gpus % (n * pp * cp) == 0]
+        other = f", or --tensor-model-parallel-size {min(legal, key=lambda n: abs(n - tp))}" if legal else ""
         raise FlagError(
             f"--gpus {gpus}: must be a multiple of --tensor-model-parallel-size {tp} times "
-            f"--pipeline-model-parallel-size {pp} times --context-parallel-size {cp}, {split}; nearest legal: {nearest}"
+            f"--pipeline-model-parallel-size {pp} times --context-parallel-size {cp}, {split}; "
+            f"nearest legal: {nearest}{other}"
         )
     return gpus // split
 

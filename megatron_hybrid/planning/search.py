@@ -124,7 +124,9 @@ def flags(job: Job) -> str:
     elif job.recompute:
         words.append(f"--recompute-granularity selective --recompute-modules {' '.join(job.recompute)}")
     if job.fp8:
-        words.append(f"--fp8-format {'e4m3' if job.fp8 == 'mxfp8' else 'hybrid'} --fp8-recipe {job.fp8}")
+        words.append(
+            f"--fp8-format {'hybrid' if job.fp8 in ('tensorwise', 'delayed') else 'e4m3'} --fp8-recipe {job.fp8}"
+        )
     words.append("--overlap-grad-reduce")
     if job.fp8 != "mxfp8":  # refused with it (megatron_hybrid/fp8.py)
         words.append("--overlap-param-gather")
