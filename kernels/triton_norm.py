@@ -100,6 +100,7 @@ def norm_gradient(
 ) -> tuple[Tensor, Tensor]:
     """(dx [s, b, h, d], dweight [D] fp32). "sums" writes `dots` [n] fp32 and only dweight, "apply" reads it for dx."""
     s, b, h, d = x.shape
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     programs = min(s * b, PROGRAMS)
     dx = x.new_empty(x.shape) if stage != "sums" else dots
     dw = torch.empty(programs, h * d, dtype=torch.float32, device=x.device) if stage != "apply" else dots

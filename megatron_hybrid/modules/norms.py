@@ -172,12 +172,16 @@ class FullWidthNorm(torch.autograd.Function):
         from megatron_hybrid.kernels.triton_norm import norm
 
         squares = torch.empty(2, query.shape[0] * query.shape[1], dtype=torch.float32, device=query.device)
-        rows: Any = tuple(zip((query, key), (q_weight, k_weight), squares, widths, strict=True))
+        columns = zip((query, key), (q_weight, k_weight), squares, widths, strict=True)
+        rows: list[dict[str, Any]] = [
+            {"x": x, "weight": weight, "squares": total, "width": width, "eps": eps}
+            for x, weight, total, width in columns
+        ]
         if group.size() > 1:
             for row in rows:
-                norm(*row, eps=eps, stage="sums")
+                norm(**row, stage="sums")
             torch.distributed.all_reduce(squares, group=group)
-        (q, q_rstd), (k, k_rstd) = (norm(*row, eps=eps, stage="apply" if group.size() > 1 else "whole") for row in rows)
+        (q, q_rstd), (k, k_rstd) = (norm(**row, stage="apply" if group.size() > 1 else "whole") for row in rows)
         ctx.save_for_backward(query, key, q_weight, k_weight, q_rstd, k_rstd)
         ctx.widths, ctx.group = widths, group
         return q, k
@@ -189,14 +193,17 @@ class FullWidthNorm(torch.autograd.Function):
 
         saved = ctx.saved_tensors
         dots = torch.empty(2, *saved[4].shape, dtype=torch.float32, device=saved[4].device)
-        dense = [grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads]
-        rows: Any = tuple(zip(saved[:2], saved[2:4], saved[4:], dense, dots, ctx.widths, strict=True))
+        columns = zip(saved[:2], saved[2:4], saved[4:], grads, dots, ctx.widths, strict=True)
+        rows: list[dict[str, Any]] = [
+            {"x": x, "weight": weight, "rstd": rstd, "dy": dy, "dots": total, "width": width}
+            for x, weight, rstd, dy, total, width in columns
+        ]
         if ctx.group.size() > 1:
-            dweights = tuple(norm_gradient(*row, stage="sums")[1] for row in rows)
+            dweights = tuple(norm_gradient(**row, stage="sums")[1] for row in rows)
             torch.distributed.all_reduce(dots, group=ctx.group)
-            inputs = tuple(norm_gradient(*row, stage="apply")[0] for row in rows)
+            inputs = tuple(norm_gradient(**row, stage="apply")[0] for row in rows)
         else:
-            inputs, dweights = zip(*(norm_gradient(*row, stage="whole") for row in rows), strict=True)
+            inputs, dweights = zip(*(norm_gradient(**row, stage="whole") for row in rows), strict=True)
         return *inputs, *(dw.to(w.dtype) for dw, w in zip(dweights, saved[2:4], strict=True)), None, None, None
 
 
