@@ -131,6 +131,7 @@ def _profiles() -> list[Case]:
     return [
         Case("ours", "profile", flags=_SHORT, kind="profile", rounds=1),
         Case("ours, FP8 tensorwise", "profile", flags=(*_SHORT, *FP8["tensorwise"]), kind="profile", rounds=1),
+        Case("Megatron-Core's GDN + FLA", "profile", flags=(*_SHORT, *_MEGATRON), kind="profile", rounds=1),
     ]
 
 

@@ -11,7 +11,14 @@ import torch
 #: First match wins; names are kernels' own.
 CATEGORIES = (
     ("loss", r"cross_entropy|logsumexp_kernel|logits_gradient|softmax|nll"),
-    ("Gated DeltaNet kernels", r"^(conv|diagonal|prepare|scan|output|norm|adjoint|query|key|gradients)\w*_kernel"),
+    (
+        "Gated DeltaNet kernels",
+        r"^(conv|diagonal|prepare|scan|output|norm_backward|adjoint|query|key|gradients)\w*_kernel",
+    ),
+    (  # flash-linear-attention's
+        "Gated DeltaNet kernels",
+        r"^(chunk_|causal_conv1d|l2norm|recompute_w_u|solve_tril|merge_16|layer_norm_gated|prepare_wy|gdn_|fused_gdn)",
+    ),
     ("attention core", r"flash|fmha|fused_attn|cudnn.*(sdpa|attn)|attention"),
     ("FP8 casts and scales", r"quantiz|cast_transpose|fp8|amax|transpose_kernel|nvte.*(cast|transpose)|block_scal"),
     ("GEMM", r"gemm|nvjet|cutlass|xmma|cublas|splitk|gemv"),
