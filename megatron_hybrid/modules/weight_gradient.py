@@ -23,7 +23,10 @@ def stand_in_for_apex() -> None:
 
 
 def add_weight_gradient(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-    """main_grad [out, in] += grad_output^T inputs, of [n, out] and [n, in]; summed in fp32, rounded once."""
+    """main_grad [out, in] += grad_output^T inputs, of [n, out] and [n, in].
+
+    Products are summed in fp32. Into bf16 they are rounded before they are added, as without the fusion.
+    """
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
     general_gemm(inputs, grad_output, out_dtype=main_grad.dtype, accumulate=True, layout="NT", out=main_grad, grad=True)

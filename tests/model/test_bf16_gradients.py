@@ -77,4 +77,5 @@ def test_weight_gradient_is_added(dtype: torch.dtype) -> None:
     expected = total.double() + dy.double().t() @ x.double()
     add_weight_gradient(x, dy, total)
     error = ((total.double() - expected).norm() / expected.norm()).item()
-    assert error < (1e-6 if dtype == torch.float32 else 2e-3), error
+    # Into bf16 the product is rounded, then the sum: 0.00234 expected of these numbers, 0.00166 for one rounding.
+    assert error < (1e-6 if dtype == torch.float32 else 2.4e-3), error
