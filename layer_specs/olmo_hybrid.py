@@ -3,17 +3,18 @@
 Each symbol is a whole decoder layer, mixer and MLP, so that layers map one to one to Hugging Face's. The released
 model mixes norm placements: GDN layers normalise before mixer and MLP, attention layers after them ("reordered").
 
-With Transformer Engine a pre-norm and the linear after it are one module, except before a GDN mixer: there a|b, outside
-FP8, reads the normalised input too. Transformer Engine (2.20) can return it, but then runs the norm in bf16 and
-quantises its output afterwards, which is what two modules do. Under sequence parallelism one gather would serve both
-projections, but a|b would keep the whole sequence for its backward pass, on every rank.
+With Transformer Engine the MLP's pre-norm and fc1 are one module. Not so the mixers' norm and projection:
+- In a GDN layer a|b, outside FP8, reads the normalised input too. Transformer Engine (2.20) can return it, but then
+  runs the norm in bf16 and quantises its output afterwards, which is what two modules do. Under sequence parallelism
+  one gather could serve both projections, but a|b would keep the whole sequence for its backward pass on every rank.
+- In attention (`--norm-placement pre`) the norm's weight would come after others of its layer, and Megatron's optimizer
+  can store moments by place, without names: they would be loaded for other parameters, with nothing said.
 
     --spec megatron_hybrid.layer_specs.olmo_hybrid olmo_hybrid_stack_spec
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -36,7 +37,6 @@ from megatron_hybrid.modules.gated_delta_net import GatedDeltaNet, GatedDeltaNet
 from megatron_hybrid.modules.mlp import PaddedMLP
 from megatron_hybrid.modules.norms import RMSNorm, post_normed, pre_normed
 
-Builder = Callable[..., Any]
 Implementation = Literal["auto", "local", "transformer_engine"]
 
 
@@ -83,20 +83,20 @@ def transformer_engine_backend() -> Backend:
     )
 
 
-#: {name of a weight inside a fused module: its name in checkpoints, as from two modules}
-FUSED_NORM_NAMES = {
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-}
+#: {start of a parameter's name in a fused module: in checkpoints, where it is that of two modules}
+FUSED_NORM_NAMES = {"mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
 
 
-def _layer(mixer: ModuleSpec, mixer_norm: Builder, backend: Backend, row_linear: type, norm_first: bool) -> ModuleSpec:
-    mlp_norm, fc1 = _column_linear(backend, norm_first)
+def _layer(mixer: ModuleSpec, backend: Backend, row_linear: type, norm_first: bool) -> ModuleSpec:
+    norm = mlp_norm = backend.norm if norm_first else IdentityOp
+    fc1 = backend.column_linear
+    if norm_first and backend.normed_linear is not None:
+        mlp_norm, fc1 = pre_normed(norm, fc1, backend.normed_linear)
     mlp = MLPSubmodules(linear_fc1=fc1, linear_fc2=row_linear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=mixer_norm,
+            input_layernorm=norm,
             self_attention=mixer,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=mlp_norm,
@@ -105,13 +105,6 @@ def _layer(mixer: ModuleSpec, mixer_norm: Builder, backend: Backend, row_linear:
             sharded_state_dict_keys_map=FUSED_NORM_NAMES,
         ),
     )
-
-
-def _column_linear(backend: Backend, norm_first: bool) -> tuple[Builder, Builder]:
-    """A branch's norm (none where it is post-normed) and its first linear."""
-    if not norm_first:
-        return IdentityOp, backend.column_linear
-    return pre_normed(backend.norm, backend.column_linear, backend.normed_linear)
 
 
 def _row_linear(backend: Backend, norm_first: bool) -> type:
@@ -136,22 +129,21 @@ def gdn_layer_spec(options: HybridConfig, backend: Backend) -> ModuleSpec:
             in_proj=backend.column_linear, ab_proj=ColumnParallelLinear, out_proj=row_linear
         ),
     )
-    return _layer(mixer, backend.norm if norm_first else IdentityOp, backend, row_linear, norm_first)
+    return _layer(mixer, backend, row_linear, norm_first)
 
 
 def attention_layer_spec(options: HybridConfig, backend: Backend) -> ModuleSpec:
     """A `*` layer."""
     norm_first = options.norm_placement == "pre"
     row_linear = _row_linear(backend, norm_first)
-    norm, linear_qkv = _column_linear(backend, norm_first)
     mixer = ModuleSpec(
         module=OlmoAttention,
         params={"attn_mask_type": AttnMaskType.causal, "qk_norm": options.qk_norm_width},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=linear_qkv, core_attention=backend.core_attention, linear_proj=row_linear
+            linear_qkv=backend.column_linear, core_attention=backend.core_attention, linear_proj=row_linear
         ),
     )
-    return _layer(mixer, norm, backend, row_linear, norm_first)
+    return _layer(mixer, backend, row_linear, norm_first)
 
 
 def build_stack_spec(options: HybridConfig | None = None, implementation: Implementation = "auto") -> ModuleSpec:
