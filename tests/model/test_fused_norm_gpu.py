@@ -43,11 +43,15 @@ SIZES = {
     "linear_value_head_dim": 192,
 }
 ROWS, SEQUENCE = 2, 512
-PRECISIONS = {
+PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
     "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
     "delayed": {"fp8": "hybrid", "fp8_recipe": "delayed"},
+    "recomputed": {
+        **{"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+        **{"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    },
 }
 #: Groups of numbers: the loss of every token; gradients, those of one parameter in all layers together.
 Found = dict[str, torch.Tensor]
@@ -112,7 +116,9 @@ def distances(one: Found, other: Found) -> dict[str, float]:
 
 def test_fused_and_separate_norms_agree(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # of attention's backward pass
-    separate, fused, wrong = {}, {}, {}
+    separate: dict[str, Found] = {}
+    fused: dict[str, Found] = {}
+    wrong: dict[Any, Any] = {}
     for precision in PRECISIONS:
         separate[precision], fused[precision] = (measure(precision, one, device) for one in (False, True))
         again = measure(precision, True, device)
@@ -123,6 +129,9 @@ def test_fused_and_separate_norms_agree(device: str, monkeypatch: pytest.MonkeyP
         if precision != "delayed" and any(apart.values()):
             wrong[precision, "fused from separate"] = apart
 
+    if any(distances(fused["recomputed"], fused["tensorwise"]).values()):
+        wrong["recomputed from tensorwise"] = distances(fused["recomputed"], fused["tensorwise"])
+    apart = distances(fused["delayed"], separate["delayed"])
     rounding, fused_rounding = (distances(found["delayed"], separate["bf16"]) for found in (separate, fused))
     print(f"delayed from bf16: separate {rounding}, fused {fused_rounding}")
     for kind, size in rounding.items():
