@@ -49,8 +49,10 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
     "delayed": {"fp8": "hybrid", "fp8_recipe": "delayed"},
     "recomputed": {
-        **{"fp8": "hybrid", "fp8_recipe": "tensorwise"},
-        **{"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+        "fp8": "hybrid",
+        "fp8_recipe": "tensorwise",
+        "recompute_granularity": "selective",
+        "recompute_modules": ["mlp"],
     },
 }
 #: Groups of numbers: the loss of every token; gradients, those of one parameter in all layers together.
