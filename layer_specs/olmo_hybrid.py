@@ -88,10 +88,8 @@ FUSED_NORM_NAMES = {"mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
 
 
 def _layer(mixer: ModuleSpec, backend: Backend, row_linear: type, norm_first: bool) -> ModuleSpec:
-    norm = mlp_norm = backend.norm if norm_first else IdentityOp
-    fc1 = backend.column_linear
-    if norm_first and backend.normed_linear is not None:
-        mlp_norm, fc1 = pre_normed(norm, fc1, backend.normed_linear)
+    norm = backend.norm if norm_first else IdentityOp
+    mlp_norm, fc1 = pre_normed(norm, backend.column_linear, backend.normed_linear if norm_first else None)
     mlp = MLPSubmodules(linear_fc1=fc1, linear_fc2=row_linear)
     return ModuleSpec(
         module=TransformerLayer,

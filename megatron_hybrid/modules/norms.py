@@ -70,12 +70,15 @@ def post_normed(linear: type, norm: type) -> type:
     return PostNormed
 
 
-def pre_normed(norm: type, linear: type, fused: type) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Builders of a pre-norm and of the linear that alone reads its output: an identity and `fused`, where that may be.
+def pre_normed(norm: type, linear: type, fused: type | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Builders of a pre-norm and of the linear that alone reads its output: of an identity and `fused`, where there is
+    one and `fuses_norms` allows it.
 
     The norm's weight is `<linear>.layer_norm_weight` then; the layer's `sharded_state_dict_keys_map` has to give it the
     norm's own name in checkpoints.
     """
+    if fused is None:
+        return norm, linear
 
     def build_norm(config: TransformerConfig, **kwargs: Any) -> Any:
         return IdentityOp() if fuses_norms(config) else norm(config=config, **kwargs)
