@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,15 @@ _DATA_FLAGS = ("data-path", "train-data-path", "valid-data-path", "test-data-pat
 
 class FlagError(ValueError):
     """A flag that cannot work; the message is one line: flag, value, what is legal."""
+
+
+def print_report(text: str) -> None:
+    """Print what a command was asked for. Where its reader has left (`| head`): status 141, as of other programs."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        raise SystemExit(141) from None
 
 
 def compose(preset: str | None, command_line: Sequence[str], without: Sequence[str] = ()) -> list[str]:
