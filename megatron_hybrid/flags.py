@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_hybrid import fp8
 from megatron_hybrid.presets import NAMES, PRESETS, FlagValue
-from megatron_hybrid.tools.cli import ToolError
+from megatron_hybrid.tools.cli import ToolError, end_without_reader
 
 #: Flags of which Megatron takes one: giving another on the command line drops the preset's.
 ALTERNATIVES = (
@@ -35,12 +34,11 @@ class FlagError(ValueError):
 
 
 def print_report(text: str) -> None:
-    """Print what a command was asked for. Where its reader has left (`| head`): status 141, as of other programs."""
+    """Print what a command was asked for, and end quietly where nothing reads it to the end."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        raise SystemExit(141) from None
+        end_without_reader()
 
 
 def compose(preset: str | None, command_line: Sequence[str], without: Sequence[str] = ()) -> list[str]:
