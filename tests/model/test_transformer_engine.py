@@ -15,6 +15,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.optimizer import OptimizerConfig, _get_param_groups, get_standard_config_overrides
 from megatron.core.transformer import TransformerConfig
 
 from megatron_hybrid.checkpoint import extra_state
@@ -23,6 +24,7 @@ from megatron_hybrid.fp8 import Fp8Error
 from megatron_hybrid.layer_specs.olmo_hybrid import FUSED_NORM_NAMES, build_stack_spec
 from megatron_hybrid.model import build_model, count_parameters
 from megatron_hybrid.presets import PRESETS
+from megatron_hybrid.training import weight_decay
 from tests.parallel import tiny
 from tests.parallel.ranks import run_ranks
 
@@ -138,6 +140,17 @@ def _summed(model: torch.nn.Module) -> set[str]:
     return {unfused(name) for name, param in model.named_parameters() if getattr(param, "sequence_parallel", False)}
 
 
+def _decaying(model: torch.nn.Module) -> dict[str, set[str]]:
+    """{--weight-decay-on: parameters}"""
+    config, found = OptimizerConfig(optimizer="adam", lr=1.0), {}
+    names = {id(param): unfused(name) for name, param in model.named_parameters()}
+    for scope in ("all_but_embedding", "matrices"):
+        overrides = weight_decay.overrides(get_standard_config_overrides(config), config, scope)  # type: ignore[arg-type]
+        groups = _get_param_groups([model], config, overrides)
+        found[scope] = {names[id(param)] for group in groups if group["wd_mult"] for param in group["params"]}
+    return found
+
+
 def _placements(rank: int) -> dict[str, Any]:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -147,6 +160,7 @@ def _placements(rank: int) -> dict[str, Any]:
         te, local = (_build(name, 2, options) for name in ("transformer_engine", "local"))
         assert (_keys(te), _shapes(te), _summed(te)) == (_keys(local), _shapes(local), _summed(local)), placement
         assert len(_summed(te)) == 2 * len(tiny.PATTERN) + 1
+        assert _decaying(te) == _decaying(local) and len(_decaying(te)["all_but_embedding"]) == len(_shapes(te)) - 1
         start = {unfused(parameter): value for parameter, value in te.named_parameters()}
         assert all(torch.equal(start[parameter], value) for parameter, value in local.named_parameters())
         found[placement] = _fused(te)
