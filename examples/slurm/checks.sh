@@ -110,7 +110,7 @@ check_run() {
 # All processes of a node together have no more threads than the job has cores there.
 check_threads() {
     local processes=1 share
-    ((${#COMMAND[@]} > 0 || RANKS_PER_NODE == 0)) || processes=$RANKS_PER_NODE
+    ((${#COMMAND[@]} + ${#PREPROCESS[@]} > 0 || RANKS_PER_NODE == 0)) || processes=$RANKS_PER_NODE
     share=$((CPUS_PER_TASK > processes ? CPUS_PER_TASK / processes : 1))
     if [ "$OMP_THREADS" = 0 ]; then
         OMP_THREADS=$((share < 8 ? share : 8))
