@@ -74,8 +74,8 @@ def backend_flags(flags: Sequence[str]) -> list[str]:
         forced += _CPU_FLAGS
     if not use_transformer_engine():
         forced += ["--transformer-impl=local", "--no-rope-fusion"]
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # built by NVIDIA's apex
-        forced.append("--no-gradient-accumulation-fusion")
+        if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # built by NVIDIA's apex
+            forced.append("--no-gradient-accumulation-fusion")
     given = {word.split("=")[0] for word in flags}
     return [flag for flag in dict.fromkeys(forced) if flag.split("=")[0] not in given]
 
@@ -87,7 +87,7 @@ def join_or_be_alone() -> None:
 
 
 def start_backend() -> None:
-    """Make Megatron run on this machine: the CPU backend without a GPU, and no compiling of what is compiled.
+    """Make Megatron run on this machine: the CPU backend without a GPU, no compiling of what is compiled, no apex.
 
     Megatron's start-up runs `make` in its own package and exits when that fails. The wheel has the built helper and
     no Makefile, so the step is left out wherever the helper imports.
@@ -99,3 +99,7 @@ def start_backend() -> None:
         from megatron.core.datasets import utils
 
         utils.compile_helpers = lambda: None
+    if use_transformer_engine():
+        from megatron_hybrid.modules import weight_gradient
+
+        weight_gradient.stand_in_for_apex()
