@@ -7,6 +7,7 @@ All of them follow OLMo-2's order: to fp32, normalise, multiply by the weight in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -67,6 +69,32 @@ def post_normed(linear: type, norm: type) -> type:
 
     PostNormed.__name__ = PostNormed.__qualname__ = f"{linear.__name__}PostNorm"
     return PostNormed
+
+
+def pre_normed(norm: type, linear: type, fused: type | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Builders of a pre-norm and of the linear that alone reads its output: of an identity and `fused`, where there is
+    one and `fuses_norms` allows it.
+
+    The norm's weight is `<linear>.layer_norm_weight` then; the layer's `sharded_state_dict_keys_map` has to give it the
+    norm's own name in checkpoints.
+    """
+    if fused is None:
+        return norm, linear
+
+    def build_norm(config: TransformerConfig, **kwargs: Any) -> Any:
+        return IdentityOp() if fuses_norms(config) else norm(config=config, **kwargs)
+
+    def build_linear(*sizes: int, config: TransformerConfig, **kwargs: Any) -> Any:
+        return (fused if fuses_norms(config) else linear)(*sizes, config=config, **kwargs)
+
+    return build_norm, build_linear
+
+
+def fuses_norms(config: TransformerConfig) -> bool:
+    """Not where Megatron computes the norm again by itself, which frees more, nor with an fp32 residual stream, which
+    Transformer Engine's fused module refuses as its input."""
+    recomputed = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
+    return not recomputed and not config.fp32_residual_connection
 
 
 class QKNorm(nn.Module):
