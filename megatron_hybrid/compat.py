@@ -87,7 +87,7 @@ def join_or_be_alone() -> None:
 
 
 def start_backend() -> None:
-    """Make Megatron run on this machine: the CPU backend without a GPU, no compiling of what is compiled, no apex.
+    """Make Megatron run on this machine: the CPU backend without a GPU, and no compiling of what is compiled.
 
     Megatron's start-up runs `make` in its own package and exits when that fails. The wheel has the built helper and
     no Makefile, so the step is left out wherever the helper imports.
@@ -99,7 +99,3 @@ def start_backend() -> None:
         from megatron.core.datasets import utils
 
         utils.compile_helpers = lambda: None
-    if use_transformer_engine():
-        from megatron_hybrid.modules import weight_gradient
-
-        weight_gradient.stand_in_for_apex()

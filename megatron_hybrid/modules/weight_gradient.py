@@ -7,14 +7,15 @@ apex's extension `fused_weight_gradient_mlp_cuda`. Its two functions are here, m
 from __future__ import annotations
 
 import types
+from importlib.util import find_spec
 
 import torch
 from megatron.core.tensor_parallel import layers
 
 
 def stand_in_for_apex() -> None:
-    """Give Megatron's layers the two functions, where apex did not. Safe to call again."""
-    if layers._grad_accum_fusion_available:
+    """Give Megatron's layers the two functions, where apex did not and Transformer Engine can. Safe to call again."""
+    if layers._grad_accum_fusion_available or find_spec("transformer_engine") is None:
         return
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
         wgrad_gemm_accum_fp32=add_weight_gradient, wgrad_gemm_accum_fp16=add_weight_gradient
