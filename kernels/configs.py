@@ -41,8 +41,7 @@ DEFAULTS: dict[str, Launch] = {
     "output": Launch(4, 2, 64),
     "norm_backward": Launch(4, 1, 8),
     "adjoint_scan": Launch(4, 2, 64),
-    "query_gradient": Launch(8, 1, 64, 128),
-    "key_gradient": Launch(8, 1, 64, 128),
+    "gradients": Launch(8, 1, 64, 128),
     "conv_backward": Launch(1, 1, 64),
     "decode": Launch(8, 1),
 }
@@ -56,7 +55,6 @@ TABLE: dict[tuple[str, str, int, int], Entry] = {
         "scan_again": Launch(4, 3, 64),
         "norm_backward": Launch(2, 1, 4),
         "adjoint_scan": Launch(4, 3, 64),
-        "query_gradient": Launch(8, 3, 64, 128),
     },
 }
 

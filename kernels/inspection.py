@@ -31,8 +31,7 @@ KERNELS = (
     "output",
     "norm_backward",
     "adjoint_scan",
-    "query_gradient",
-    "key_gradient",
+    "gradients",
     "conv_backward",
 )
 _TYPES = {
