@@ -72,7 +72,7 @@ def variants() -> dict[tuple[Any, ...], Recorded]:
 SPILLS = {
     ("scan", 90): 16,
     ("gradients", 90): 194,
-    ("scan", 100): 102,
+    ("scan", 100): 94,
     ("adjoint_scan", 100): 166,
     ("gradients", 100): 89,
 }
@@ -91,7 +91,7 @@ def test_matrix_units_and_registers(capability: int, unit: str) -> None:
         used = resources(compile_for(launch, capability))
         assert used.shared_bytes <= SHARED_BYTES
         assert used.spill_bytes <= SPILLS.get((launch.name, capability), 0), (launch.name, used)
-        if launch.name in ("prepare", "scan", "output", "adjoint_scan", "gradients"):
+        if launch.name in ("prepare", "scan", "adjoint_scan", "gradients"):
             assert all(name.startswith(unit) for name in used.instructions), (launch.name, used.instructions)
             widths = [int(name.split(".")[1].split("x")[1]) for name in used.instructions if capability == 90]
             assert max(widths, default=0) <= 64, (launch.name, used.instructions)
