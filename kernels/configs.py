@@ -34,7 +34,6 @@ Entry = Mapping[str, Launch]
 #: Where the search for an entry starts, and what the interpreter runs. Little shared memory: it fits K = V = 256.
 DEFAULTS: dict[str, Launch] = {
     "conv": Launch(4, 1, 64),
-    "diagonal": Launch(1, 1),
     "prepare": Launch(4, 1),
     "scan": Launch(4, 2, 64),
     "scan_again": Launch(4, 2, 64),  # in the backward: states and new values too

@@ -25,7 +25,6 @@ from megatron_hybrid.kernels.configs import Launch, trial
 
 KERNELS = (
     "conv",
-    "diagonal",
     "prepare",
     "scan",
     "norm",

@@ -16,12 +16,12 @@ from megatron_hybrid.kernels.triton_backward import (
 )
 from megatron_hybrid.kernels.triton_conv import conv_backward_kernel
 from megatron_hybrid.kernels.triton_forward import norm_kernel, scan_kernel
-from megatron_hybrid.kernels.triton_prepare import conv_kernel, diagonal_kernel, prepare_kernel
+from megatron_hybrid.kernels.triton_prepare import conv_kernel, prepare_kernel
 from megatron_hybrid.kernels.triton_tiles import CHUNK, Layout, make_layout, split_dim
 
 TAPS = 4  #: width of the short convolution inside the kernels; narrower ones are padded with zero taps
-#: Of the products that merge diagonal inverses: 16 into 32 (a warp's own, nearly free) and 32 into 64.
-DIAGONAL_PRECISION, MERGE_PRECISION = "tf32x3", "tf32"
+#: input_precision of the products that merge diagonal inverses: 16 into 32 and 32 into 64.
+MERGES = {"NEAR": "tf32x3", "FAR": "tf32"}
 
 
 class Options(NamedTuple):
@@ -182,22 +182,17 @@ def prepare(
         **problem.tables, **strides(k=k, a=gates.a, b=gates.b), **problem.sizes,
         "T": T, "eps": options.l2norm_eps, "L2NORM": normalise, "BETA_MAX": options.beta_max,
     }  # fmt: skip
-    diagonal = q
     if solved is None:
         solved = Solved(
             q.new_empty(NC, H, CHUNK, dtype=torch.float32),
             q.new_empty(NC, H, CHUNK, dtype=torch.float32),
             q.new_empty(NC, H, CHUNK, CHUNK),
         )
-        diagonal = q.new_empty(NC, H, 2, 32, 32, dtype=torch.float32)
-        launch = launch_for("diagonal", K, V)
-        without_v = {name: size for name, size in common.items() if name != "V"}
-        diagonal_kernel[(NC * H * 2,)](k, *gates, diagonal, **without_v, PRECISION=DIAGONAL_PRECISION, **launch.options)
     launch = launch_for("prepare", K, V)
     prepare_kernel[(NC * H,)](
-        q, k, *gates, diagonal, made.q, made.k, made.scaled_q, rstd_q, rstd_k, *solved, made.P,
+        q, k, *gates, made.q, made.k, made.scaled_q, rstd_q, rstd_k, *solved, made.P,
         **common, **strides(q=q), scale=options.scale, SOLVE=not is_again, SCORES=with_scores, SCALED=is_again,
-        PRECISION=MERGE_PRECISION, **launch.options,
+        **MERGES, **launch.options,
     )  # fmt: skip
     return made, solved
 
@@ -207,10 +202,10 @@ def score(problem: Problem, made: Prepared, solved: Solved, gates: Gates) -> Non
     launch = launch_for("prepare", problem.K, problem.V)
     options, q, k = problem.options, made.q, made.k
     prepare_kernel[(problem.layout.num_chunks * problem.H,)](
-        q, k, *gates, q, q, k, q, made.rstd_q, made.rstd_k, *solved, made.P,
+        q, k, *gates, q, k, q, made.rstd_q, made.rstd_k, *solved, made.P,
         **problem.tables, **strides(q=q, k=k, a=gates.a, b=gates.b), **problem.sizes, T=problem.T,
         scale=options.scale, eps=options.l2norm_eps, L2NORM=False, BETA_MAX=options.beta_max,
-        SOLVE=False, SCORES=True, SCALED=False, PRECISION=MERGE_PRECISION, **launch.options,
+        SOLVE=False, SCORES=True, SCALED=False, **MERGES, **launch.options,
     )  # fmt: skip
 
 

@@ -24,8 +24,7 @@ from megatron_hybrid.kernels.configs import DEFAULTS, TABLE, Launch, current_key
 #: Tried for each kernel besides the default. Columns stay at 64 where a matrix product wants 64 rows.
 CANDIDATES = {
     "conv": [Launch(4, 1, 128), Launch(2, 1, 64)],
-    "diagonal": [],
-    "prepare": [Launch(4, 1, 0, 96), Launch(8, 1)],
+    "prepare": [Launch(4, 1, 0, 128), Launch(4, 1, 0, 168), Launch(8, 1)],
     "scan": [Launch(4, stages, 64) for stages in (1, 3, 4)] + [Launch(8, stages, 64) for stages in (2, 3, 4)],
     "scan_again": [Launch(4, stages, 64) for stages in (1, 3)] + [Launch(8, stages, 64) for stages in (2, 3)],
     "norm": [

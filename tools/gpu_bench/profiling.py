@@ -10,7 +10,7 @@ import torch
 
 #: First match wins; names are kernels' own.
 CATEGORIES = (
-    ("Gated DeltaNet kernels", r"^(conv|diagonal|prepare|scan|norm|adjoint_scan|gradients)\w*_kernel"),
+    ("Gated DeltaNet kernels", r"^(conv|prepare|scan|norm|adjoint_scan|gradients)\w*_kernel"),
     ("attention core", r"flash|fmha|fused_attn|cudnn.*(sdpa|attn)|attention"),
     ("FP8 casts and scales", r"quantiz|cast_transpose|fp8|amax|transpose_kernel|nvte.*(cast|transpose)|block_scal"),
     ("GEMM", r"gemm|nvjet|cutlass|xmma|cublas|splitk|gemv"),
