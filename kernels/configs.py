@@ -35,6 +35,7 @@ Entry = Mapping[str, Launch]
 DEFAULTS: dict[str, Launch] = {
     "conv": Launch(4, 1, 64),
     "prepare": Launch(4, 1),
+    "prepare_again": Launch(4, 1),  # in the backward: no inverse
     "scan": Launch(4, 2, 64),
     "scan_again": Launch(4, 2, 64),  # in the backward: states and new values too
     "norm": Launch(4, 1, 16),
@@ -50,6 +51,8 @@ TABLE: dict[tuple[str, str, int, int], Entry] = {
     # NVIDIA H100, 2026-11-25
     ("sm_90", "3.6", 96, 192): DEFAULTS
     | {
+        "prepare": Launch(4, 1, 0, 168),
+        "prepare_again": Launch(8, 1, 0, 128),
         "scan": Launch(4, 4, 64),
         "scan_again": Launch(4, 3, 64),
         "norm_backward": Launch(2, 1, 4),

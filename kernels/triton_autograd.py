@@ -76,12 +76,11 @@ class MixerCore(torch.autograd.Function):
         halo: Tensor | None, initial: Tensor | None, heads: tuple[int, int, int, int], options: Options,
         cu_seqlens: Tensor | None, want_final: bool, pass_states: PassStates | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        q, _, v, z = split_projection(qkvz, heads)
+        q, k, v, z = split_projection(qkvz, heads)
         problem = make_problem(q, v, options, cu_seqlens)
         a, b = ab.chunk(2, dim=-1)
         gates, conv = Gates(a, b, A_log, dt_bias), Conv(conv_weight, halo)
-        x = qkvz[..., : conv_weight.shape[0]]
-        made, solved = launch.prepare(problem, (x, x, x), gates, conv, with_scores=pass_states is None)
+        made, solved = launch.prepare(problem, (q, k, v), gates, conv, with_scores=pass_states is None)
         ctx.passed = None
         if pass_states is not None:
             M, S = launch.summary(problem, made, solved)
@@ -105,11 +104,10 @@ class MixerCore(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, initial, G, beta, Tb, kept = ctx.saved_tensors
         problem: Problem = ctx.problem
-        z = split_projection(qkvz, ctx.heads)[3]
-        x = qkvz[..., : conv_weight.shape[0]]
+        q, k, v, z = split_projection(qkvz, ctx.heads)
         a, b = ab.chunk(2, dim=-1)
         gates, solved, conv = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb), Conv(conv_weight, halo)
-        made, _ = launch.prepare(problem, (x, x, x), gates, conv, solved)
+        made, _ = launch.prepare(problem, (q, k, v), gates, conv, solved)
         do = torch.empty_like(made.v)
         o = launch.unnormed(do)
         states = launch.scan(problem, made, solved, initial=initial, kept=kept, o=o, is_again=True)
@@ -127,7 +125,7 @@ class MixerCore(torch.autograd.Function):
             (dfinal,) = torch.autograd.grad(incoming, S, own)
         adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal, want_dinitial=want_dinitial)
         g = launch.gradients(problem, made, solved, states, adjoint, do, gates, *dab.chunk(2, dim=-1))
-        dx = dqkvz[..., : conv_weight.shape[0]]
+        x, dx = (y[..., : conv_weight.shape[0]] for y in (qkvz, dqkvz))
         dweight, dhalo = launch.conv_backward(problem, x, conv, g.dq, g.dk, adjoint.dr, dx)
         return (
             dqkvz, dab, dweight.to(conv_weight.dtype), g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype),

@@ -133,19 +133,17 @@ def strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def convolve(problem: Problem, x: Tensor, conv: Conv) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, k [B, T, Hk, K] normalised, v [B, T, H, V], both 1 / norms [NC, Hk, C]; from x [B, T, D] before its conv."""
-    B, T, Hk, H, K, V, options, layout, _ = problem
+def convolve(problem: Problem, v: Tensor, conv: Conv, weight: Tensor) -> Tensor:
+    """v [B, T, H, V] after its convolution; weight [4, D]."""
+    B, T, Hk, H, K, V, _options, layout, _ = problem
     launch = launch_for("conv", K, V)
-    q, k, v = x.new_empty(B, T, Hk, K), x.new_empty(B, T, Hk, K), x.new_empty(B, T, H, V)
-    rstd_q, rstd_k = torch.empty(2, layout.num_chunks, Hk, CHUNK, dtype=torch.float32, device=x.device)
-    sizes = {name: size for name, size in problem.sizes.items() if name != "GROUP"}
-    conv_kernel[(layout.num_chunks * (2 * Hk + triton.cdiv(H * V, launch.block)),)](
-        x, conv.weight.t().contiguous(), x if conv.halo is None else conv.halo, q, k, v, rstd_q, rstd_k,
-        **problem.tables, T=T, eps=options.l2norm_eps, **strides(x=x), Hk=Hk, **sizes, BV=launch.block, W=TAPS,
-        HALO=conv.halo is not None, L2NORM=options.qk_l2norm, **launch.options,
+    out = v.new_empty(B, T, H, V)
+    conv_kernel[(layout.num_chunks * triton.cdiv(H * V, launch.block),)](
+        v, weight, v if conv.halo is None else conv.halo, out, **problem.tables, T=T, v_sb=v.stride(0),
+        v_st=v.stride(1), H=H, V=V, FIRST=2 * Hk * K, BV=launch.block, C=CHUNK, W=TAPS,
+        HALO=conv.halo is not None, PACKED=layout.is_packed, **launch.options,
     )  # fmt: skip
-    return q, k, v, rstd_q, rstd_k
+    return out
 
 
 def prepare(
@@ -156,19 +154,19 @@ def prepare(
 
     with_scores false leaves P to `score`: what is before it then needs no q.
 
-    inputs: q, k [B, T, Hk, K] and v [B, T, H, V], or with a convolution x [B, T, D] alone; any strides but the last.
+    inputs: q, k [B, T, Hk, K] and v [B, T, H, V], any strides but the last; before their convolution when there is one.
     """
-    B, T, Hk, H, K, V, options, layout, _ = problem
+    q, k, v = inputs
+    B, T, Hk, H, K, _V, options, layout, _ = problem
     NC, is_again = layout.num_chunks, solved is not None
-    if conv is None:
-        q, k, v = inputs
-        normalise = options.qk_l2norm
-        rstd_q, rstd_k = q.new_empty(2, NC, Hk, CHUNK, dtype=torch.float32)
-    else:
-        q, k, v, rstd_q, rstd_k = convolve(problem, inputs[0], conv)
-        normalise = False
-    if conv is None and not normalise:
+    normalise = options.qk_l2norm
+    weight = halo = q
+    if conv is not None:
+        weight, halo = conv.weight.t().contiguous(), q if conv.halo is None else conv.halo
+        v = convolve(problem, v, conv, weight)
+    elif not normalise:
         q, k = q.contiguous(), k.contiguous()
+    rstd_q, rstd_k = q.new_empty(2, NC, Hk, CHUNK, dtype=torch.float32)
     made = Prepared(
         q.new_empty(B, T, Hk, K) if normalise else q,
         k.new_empty(B, T, Hk, K) if normalise else k,
@@ -178,34 +176,40 @@ def prepare(
         rstd_k,
         q.new_empty(NC, H, CHUNK, CHUNK),
     )
-    common: dict[str, object] = {
-        **problem.tables, **strides(k=k, a=gates.a, b=gates.b), **problem.sizes,
-        "T": T, "eps": options.l2norm_eps, "L2NORM": normalise, "BETA_MAX": options.beta_max,
-    }  # fmt: skip
     if solved is None:
         solved = Solved(
             q.new_empty(NC, H, CHUNK, dtype=torch.float32),
             q.new_empty(NC, H, CHUNK, dtype=torch.float32),
             q.new_empty(NC, H, CHUNK, CHUNK),
         )
-    launch = launch_for("prepare", K, V)
-    prepare_kernel[(NC * H,)](
-        q, k, *gates, made.q, made.k, made.scaled_q, rstd_q, rstd_k, *solved, made.P,
-        **common, **strides(q=q), scale=options.scale, SOLVE=not is_again, SCORES=with_scores, SCALED=is_again,
-        **MERGES, **launch.options,
+    launch_prepare(
+        problem, q, k, weight, halo, gates, made, solved, CONV=conv is not None,
+        HALO=conv is not None and conv.halo is not None, L2NORM=normalise, SOLVE=not is_again, SCORES=with_scores,
+        SCALED=is_again,
     )  # fmt: skip
     return made, solved
 
 
 def score(problem: Problem, made: Prepared, solved: Solved, gates: Gates) -> None:
     """Fills made.P, which needs no state: it can run while states are on their way."""
-    launch = launch_for("prepare", problem.K, problem.V)
-    options, q, k = problem.options, made.q, made.k
+    launch_prepare(
+        problem, made.q, made.k, made.q, made.q, gates, made, solved, CONV=False, HALO=False, L2NORM=False,
+        SOLVE=False, SCORES=True, SCALED=False,
+    )  # fmt: skip
+
+
+def launch_prepare(
+    problem: Problem, q: Tensor, k: Tensor, weight: Tensor, halo: Tensor, gates: Gates, made: Prepared, solved: Solved,
+    **flags: bool,
+) -> None:  # fmt: skip
+    """`prepare_kernel` from q, k [B, T, Hk, K] into `made` and `solved`; flags: its upper-case switches."""
+    launch = launch_for("prepare" if flags["SOLVE"] else "prepare_again", problem.K, problem.V)
+    options = problem.options
     prepare_kernel[(problem.layout.num_chunks * problem.H,)](
-        q, k, *gates, q, k, q, made.rstd_q, made.rstd_k, *solved, made.P,
+        q, k, weight, halo, *gates, made.q, made.k, made.scaled_q, made.rstd_q, made.rstd_k, *solved, made.P,
         **problem.tables, **strides(q=q, k=k, a=gates.a, b=gates.b), **problem.sizes, T=problem.T,
-        scale=options.scale, eps=options.l2norm_eps, L2NORM=False, BETA_MAX=options.beta_max,
-        SOLVE=False, SCORES=True, SCALED=False, **MERGES, **launch.options,
+        scale=options.scale, eps=options.l2norm_eps, W=TAPS, BETA_MAX=options.beta_max, **MERGES, **flags,
+        **launch.options,
     )  # fmt: skip
 
 

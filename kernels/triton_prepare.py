@@ -22,6 +22,7 @@ from megatron_hybrid.kernels.triton_tiles import (
     locate_chunk,
     sigmoid_fp32,
     softplus_fp32,
+    store_block,
     store_tile,
 )
 
@@ -53,56 +54,28 @@ def silu_conv_tile(
 
 @triton.jit(do_not_specialize=["T"])
 def conv_kernel(
-    x_in, weight, halo, q_out, k_out, v_out, rstd_q, rstd_k, bounds, chunk_doc, chunk_start, T, eps, x_sb, x_st,
-    Hk: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-    HALO: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
+    v_in, weight, halo, v_out, bounds, chunk_doc, chunk_start, T, v_sb, v_st,
+    H: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    HALO: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Convolution and SiLU of one chunk of one q or k head, normalised, or of BV columns of v.
+    """Convolution and SiLU of one chunk of BV columns of v.
 
-    x_in [B, T, D], weight [W, D] and halo [N, D, W - 1] hold the D = 2 Hk K + H V channels of q, k and v.
+    v_in [B, T, H, V], weight [W, D] and halo [N, D, W - 1], where v's channels follow the FIRST ones of q and k.
     """
-    BLOCKS_V: tl.constexpr = (H * V + BV - 1) // BV
-    BLOCKS: tl.constexpr = 2 * Hk + BLOCKS_V
-    D: tl.constexpr = 2 * Hk * K + H * V
+    BLOCKS: tl.constexpr = (H * V + BV - 1) // BV
+    D: tl.constexpr = FIRST + H * V
     i_c = tl.program_id(0) // BLOCKS
-    block = tl.program_id(0) % BLOCKS
+    col = (tl.program_id(0) % BLOCKS) * BV
     n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
     if t0 >= length:
         return
     left = length - t0
-    row = b * T + bos + t0
-    past = halo + n.to(tl.int64) * D * (W - 1)
-    x = x_in + b * x_sb + (bos + t0) * x_st
-    if block >= 2 * Hk:
-        col = (block - 2 * Hk) * BV
-        channel = 2 * Hk * K + col
-        width = tl.minimum(H * V - col, BV)
-        v = silu_conv_tile(
-            x + channel, x_st, weight + channel, past + channel * (W - 1), t0, left, width, 0, C, BV, W, D, HALO
-        )
-        r = tl.arange(0, C)
-        c = tl.arange(0, BV)
-        mask = (r < left)[:, None] & (c < width)[None, :]
-        tl.store(
-            v_out + row * (H * V) + col + r[:, None] * (H * V) + c[None, :], v.to(v_out.dtype.element_ty), mask=mask
-        )
-    else:
-        channel = block * K
-        w = weight + channel
-        past += channel * (W - 1)
-        x0 = silu_conv_tile(x + channel, x_st, w, past, t0, left, K, 0, C, KA, W, D, HALO)
-        x1 = silu_conv_tile(x + channel, x_st, w, past, t0, left, K, KA, C, KB, W, D, HALO)
-        out, rstd, i_k = q_out, rstd_q, block
-        if block >= Hk:
-            out, rstd, i_k = k_out, rstd_k, block - Hk
-        if L2NORM:
-            scale = tl.rsqrt(tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1) + eps)
-            x0, x1 = x0 * scale[:, None], x1 * scale[:, None]
-            tl.store(rstd + (i_c.to(tl.int64) * Hk + i_k) * C + tl.arange(0, C), scale)
-        out += (row * Hk + i_k) * K
-        store_tile(out, x0, Hk * K, left, 0, C, KA, K)
-        store_tile(out, x1, Hk * K, left, KA, C, KB, K)
+    width = tl.minimum(H * V - col, BV)
+    channel = FIRST + col
+    past = halo + (n.to(tl.int64) * D + channel) * (W - 1)
+    x = v_in + b * v_sb + (bos + t0) * v_st + col
+    v = silu_conv_tile(x, v_st, weight + channel, past, t0, left, width, 0, C, BV, W, D, HALO)
+    store_block(v_out + (b * T + bos + t0) * (H * V), v, H * V, left, col, C, BV, H * V)
 
 
 @triton.jit
@@ -145,32 +118,49 @@ def inverse(M, NEAR: tl.constexpr, FAR: tl.constexpr):
 
 
 @triton.jit
-def normalised_rows(x, stride, left, eps, C: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, K: tl.constexpr):
-    """C rows of q or k over their norms, in fp32, and 1 / norms."""
-    x0 = load_tile(x, stride, left, 0, C, KA, K).to(tl.float32)
-    x1 = load_tile(x, stride, left, KA, C, KB, K).to(tl.float32)
+def normalised_rows(
+    x, stride, weight, halo, out, rstd_out, t0, left, writes, eps, i_c, i_k,
+    Hk: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    D: tl.constexpr, CONV: tl.constexpr, HALO: tl.constexpr,
+):  # fmt: skip
+    """C rows of q or k over their norms, with CONV after convolution and SiLU; `writes` stores them and 1 / norms."""
+    if CONV:
+        x0 = silu_conv_tile(x, stride, weight, halo, t0, left, K, 0, C, KA, W, D, HALO)
+        x1 = silu_conv_tile(x, stride, weight, halo, t0, left, K, KA, C, KB, W, D, HALO)
+    else:
+        x0 = load_tile(x, stride, left, 0, C, KA, K).to(tl.float32)
+        x1 = load_tile(x, stride, left, KA, C, KB, K).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1) + eps)
-    return x0 * rstd[:, None], x1 * rstd[:, None], rstd
+    x0 = (x0 * rstd[:, None]).to(out.dtype.element_ty)
+    x1 = (x1 * rstd[:, None]).to(out.dtype.element_ty)
+    rows = tl.where(writes, left, 0)
+    r = tl.arange(0, C)
+    tl.store(rstd_out + (i_c.to(tl.int64) * Hk + i_k) * C + r, rstd, mask=r < rows)
+    store_tile(out, x0, Hk * K, rows, 0, C, KA, K)
+    store_tile(out, x1, Hk * K, rows, KA, C, KB, K)
+    return x0, x1
 
 
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
-    q_in, k_in, a_in, b_in, A_log, dt_bias,
+    q_in, k_in, weight, halo, a_in, b_in, A_log, dt_bias,
     q_out, k_out, scaled_out, rstd_q, rstd_k, G_out, beta_out, Tb_out, P_out,
     bounds, chunk_doc, chunk_start, T, scale, eps, q_sb, q_st, q_sh, k_sb, k_st, k_sh, a_sb, a_st, b_sb, b_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr,
-    L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, SOLVE: tl.constexpr, SCORES: tl.constexpr, SCALED: tl.constexpr,
-    PACKED: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr,
+    W: tl.constexpr, CONV: tl.constexpr, HALO: tl.constexpr, L2NORM: tl.constexpr, BETA_MAX: tl.constexpr,
+    SOLVE: tl.constexpr, SCORES: tl.constexpr, SCALED: tl.constexpr, PACKED: tl.constexpr,
+    NEAR: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk of one value head: SOLVE writes G, beta and Tb, SCORES P, SCALED scale exp(G) q.
 
-    L2NORM reads raw q and k where the projection left them, and writes them normalised as [B * T, Hk, K] rows.
+    L2NORM reads raw q and k where the projection left them, and writes them normalised as [B * T, Hk, K] rows; with
+    CONV they go through the convolution first: weight [W, D] and halo [N, D, W - 1] hold the channels of q, k and v.
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     i_k = i_h // GROUP
-    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
     if t0 >= length:
         return
     left = length - t0
@@ -181,18 +171,20 @@ def prepare_kernel(
     q = q_in + b * q_sb + (bos + t0) * q_st + i_k.to(tl.int64) * q_sh
     k = k_in + b * k_sb + (bos + t0) * k_st + i_k.to(tl.int64) * k_sh
     if L2NORM:
-        q0, q1, rq = normalised_rows(q, q_st, left, eps, C, KA, KB, K)
-        k0, k1, rk = normalised_rows(k, k_st, left, eps, C, KA, KB, K)
-        q0, q1, k0, k1 = q0.to(dtype), q1.to(dtype), k0.to(dtype), k1.to(dtype)
-        first = tl.where(i_h % GROUP == 0, left, 0)  # value heads that share a key head write it once
-        scalars = (i_c.to(tl.int64) * Hk + i_k) * C + r
-        tl.store(rstd_q + scalars, rq, mask=r < first)
-        tl.store(rstd_k + scalars, rk, mask=r < first)
+        D: tl.constexpr = 2 * Hk * K + H * V
+        writes = i_h % GROUP == 0  # value heads that share a key head write it once
+        past = halo + n.to(tl.int64) * D * (W - 1)
+        channel = i_k * K
         out = (row * Hk + i_k) * K
-        store_tile(q_out + out, q0, Hk * K, first, 0, C, KA, K)
-        store_tile(q_out + out, q1, Hk * K, first, KA, C, KB, K)
-        store_tile(k_out + out, k0, Hk * K, first, 0, C, KA, K)
-        store_tile(k_out + out, k1, Hk * K, first, KA, C, KB, K)
+        q0, q1 = normalised_rows(
+            q, q_st, weight + channel, past + channel * (W - 1), q_out + out, rstd_q, t0, left, writes, eps, i_c, i_k,
+            Hk, K, KA, KB, C, W, D, CONV, HALO,
+        )  # fmt: skip
+        channel += Hk * K
+        k0, k1 = normalised_rows(
+            k, k_st, weight + channel, past + channel * (W - 1), k_out + out, rstd_k, t0, left, writes, eps, i_c, i_k,
+            Hk, K, KA, KB, C, W, D, CONV, HALO,
+        )  # fmt: skip
     else:
         q0 = load_tile(q, q_st, left, 0, C, KA, K)
         q1 = load_tile(q, q_st, left, KA, C, KB, K)

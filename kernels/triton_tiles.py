@@ -123,6 +123,17 @@ def load_block(base, stride, rows_left, col, C: tl.constexpr, BC: tl.constexpr, 
 
 
 @triton.jit
+def store_block(base, x, stride, rows_left, col, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr):
+    """The inverse of load_block."""
+    r = tl.arange(0, C)
+    c = col + tl.arange(0, BC)
+    mask = (r < rows_left)[:, None]
+    if D % BC != 0:
+        mask = mask & (c < D)[None, :]
+    tl.store(base + r[:, None] * stride + c[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def store_columns(base, x, stride, rows_left, col, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr):
     """Stores the transpose of x [BC, C] where load_block reads."""
     r = tl.arange(0, C)

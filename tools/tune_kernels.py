@@ -23,8 +23,9 @@ from megatron_hybrid.kernels.configs import DEFAULTS, TABLE, Launch, current_key
 
 #: Tried for each kernel besides the default. Columns stay at 64 where a matrix product wants 64 rows.
 CANDIDATES = {
-    "conv": [Launch(4, 1, 128), Launch(2, 1, 64)],
-    "prepare": [Launch(4, 1, 0, 128), Launch(4, 1, 0, 168), Launch(8, 1)],
+    "conv": [Launch(4, 1, 128), Launch(2, 1, 64), Launch(8, 1, 128), Launch(8, 1, 64), Launch(4, 1, 64, 80)],
+    "prepare": [Launch(4, 1, 0, 168), Launch(4, 1, 0, 144), Launch(4, 1, 0, 128), Launch(8, 1, 0, 128), Launch(8, 1)],
+    "prepare_again": [Launch(8, 1, 0, 128), Launch(8, 1, 0, 96), Launch(8, 1), Launch(4, 1, 0, 168)],
     "scan": [Launch(4, stages, 64) for stages in (1, 3, 4)] + [Launch(8, stages, 64) for stages in (2, 3, 4)],
     "scan_again": [Launch(4, stages, 64) for stages in (1, 3)] + [Launch(8, stages, 64) for stages in (2, 3)],
     "norm": [
