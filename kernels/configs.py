@@ -41,7 +41,8 @@ DEFAULTS: dict[str, Launch] = {
     "norm": Launch(4, 1, 16),
     "norm_backward": Launch(4, 1, 8),
     "adjoint_scan": Launch(4, 2, 64),
-    "gradients": Launch(8, 1, 64, 128),
+    "query_gradient": Launch(8, 1, 64, 128),
+    "key_gradient": Launch(8, 1, 64, 128),
     "conv_backward": Launch(1, 1, 64),
     "decode": Launch(8, 1),
 }
@@ -57,6 +58,7 @@ TABLE: dict[tuple[str, str, int, int], Entry] = {
         "scan_again": Launch(4, 3, 64),
         "norm_backward": Launch(2, 1, 4),
         "adjoint_scan": Launch(4, 3, 64),
+        "query_gradient": Launch(8, 3, 64, 128),
     },
 }
 

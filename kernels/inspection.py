@@ -30,7 +30,8 @@ KERNELS = (
     "norm",
     "norm_backward",
     "adjoint_scan",
-    "gradients",
+    "query_gradient",
+    "key_gradient",
     "conv_backward",
 )
 _TYPES = {

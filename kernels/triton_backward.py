@@ -195,7 +195,7 @@ def query_gradient(
     H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq, dN, and dP over P. Returns the gradient of G through q, scores and inverse, and dR_i . U_i."""
+    """Writes dq, dN, and dP over P. Returns the gradient of G through scores and inverse, and dR_i . U_i."""
     dq0 = tl.zeros([C, KA], dtype=tl.float32)
     dq1 = tl.zeros([C, KB], dtype=tl.float32)
     do_u = tl.zeros([C, C], dtype=tl.float32)
@@ -276,7 +276,6 @@ def key_gradient(
     dG_end = tl.sum(written) + exp_fp32(G_end) * tl.sum(h_ds)
     q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
     q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
-    tl.debug_barrier()  # dP and dN were written by other threads of this program
     plain, transposed = r[:, None] * C + r[None, :], r[None, :] * C + r[:, None]
     dP_t = tl.load(dP + transposed)
     both = tl.load(dN + plain) + tl.load(dN + transposed)  # triangles that do not overlap: nothing is rounded
@@ -289,21 +288,55 @@ def key_gradient(
     return dG, dG_end
 
 
-@triton.jit(do_not_specialize=["T", "num_chunks"])
-def gradients_kernel(
-    q_in, k_in, P_dP, dN_out, G_in, beta_in, u_in, h_in, ds_in, do_in, dr_in, a_in, A_log, dt_bias, rstd_q, rstd_k,
-    dq_out, dk_out, da_out, db_out, dA_out, ddt_out, bounds, chunk_doc, chunk_start, T, num_chunks, scale,
-    do_sb, do_st, do_sh, a_sb, a_st, da_sb, da_st, db_sb, db_st,
+@triton.jit(do_not_specialize=["T"])
+def query_gradient_kernel(
+    q_in, k_in, P_dP, dN_out, G_in, beta_in, u_in, h_in, do_in, dr_in, rstd_q, dq_out, db_out, dG_out,
+    bounds, chunk_doc, chunk_start, T, scale, do_sb, do_st, do_sh, db_sb, db_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q, k, a and b of one chunk and head; dA_log and ddt_bias chunk by chunk, [H, NC] fp32.
+    """Gradients of q and b of one chunk and head; of G through scores and inverse; dP over P, and dN [NC, H, C, C].
 
-    First what belongs to q, then what belongs to k, whose reads of u, dr and h the first left in the L2 cache: one
-    after the other they hold few enough registers that two chunks share a multiprocessor. dP (over P) and dN
-    [NC, H, C, C] go from one to the other through memory, where the second reads them transposed as well: as an operand
-    a transposed accumulator is wrong on Hopper (triton 3.6).
+    dP and dN go to `key_gradient_kernel` through memory, which reads them transposed as well: as an operand a
+    transposed accumulator is wrong on Hopper (triton 3.6), and two launches hold few enough registers that two or
+    more chunks share a multiprocessor.
+    """
+    i_c = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    if t0 >= length:
+        return
+    left = length - t0
+    row = b * T + bos + t0
+    Hk: tl.constexpr = H // GROUP
+    r = tl.arange(0, C)
+    chunk = i_c.to(tl.int64) * H + i_h
+    dG, dr_dot_u = query_gradient(
+        do_in + b * do_sb + (bos + t0) * do_st + i_h.to(tl.int64) * do_sh, do_st,
+        u_in + (row * H + i_h) * V, dr_in + (row * H + i_h) * V, h_in + chunk * V * K,
+        q_in + (row * Hk + i_h // GROUP) * K, k_in + (row * Hk + i_h // GROUP) * K,
+        P_dP + chunk * C * C, dN_out + chunk * C * C, G_in + chunk * C,
+        rstd_q + (i_c.to(tl.int64) * Hk + i_h // GROUP) * C, dq_out + (row * H + i_h) * K,
+        left, scale, H, Hk, K, V, KA, KB, BV, C, L2NORM,
+    )  # fmt: skip
+    tl.store(dG_out + chunk * C + r, dG)
+    beta = tl.load(beta_in + chunk * C + r)
+    # sigmoid(b) = 0 exactly when b < -88: the limit of the gradient is 0 as well.
+    db = (1.0 - beta / BETA_MAX) * tl.where(beta > 0.0, dr_dot_u / tl.where(beta > 0.0, beta, 1.0), 0.0)
+    tl.store(db_out + b * db_sb + (bos + t0 + r) * db_st + i_h, db.to(db_out.dtype.element_ty), mask=r < left)
+
+
+@triton.jit(do_not_specialize=["T", "num_chunks"])
+def key_gradient_kernel(
+    q_in, k_in, dP_in, dN_in, G_in, dG_in, u_in, h_in, ds_in, dr_in, a_in, A_log, dt_bias, rstd_k,
+    dk_out, da_out, dA_out, ddt_out, bounds, chunk_doc, chunk_start, T, num_chunks, a_sb, a_st, da_sb, da_st,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of k and a of one chunk and head; dA_log and ddt_bias chunk by chunk, [H, NC] fp32.
+
+    dG_in is G's gradient from `query_gradient_kernel`, which runs before.
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -318,24 +351,15 @@ def gradients_kernel(
     Hk: tl.constexpr = H // GROUP
     r = tl.arange(0, C)
     chunk = i_c.to(tl.int64) * H + i_h
-    u, dr, h = u_in + (row * H + i_h) * V, dr_in + (row * H + i_h) * V, h_in + chunk * V * K
-    q, k = q_in + (row * Hk + i_h // GROUP) * K, k_in + (row * Hk + i_h // GROUP) * K
-    dP, dN, G = P_dP + chunk * C * C, dN_out + chunk * C * C, G_in + chunk * C
-    norms = (i_c.to(tl.int64) * Hk + i_h // GROUP) * C
-    valid = r < left
-    dG, dr_dot_u = query_gradient(
-        do_in + b * do_sb + (bos + t0) * do_st + i_h.to(tl.int64) * do_sh, do_st, u, dr, h, q, k, dP, dN, G,
-        rstd_q + norms, dq_out + (row * H + i_h) * K, left, scale, H, Hk, K, V, KA, KB, BV, C, L2NORM,
-    )  # fmt: skip
-    beta = tl.load(beta_in + chunk * C + r)
-    # sigmoid(b) = 0 exactly when b < -88: the limit of the gradient is 0 as well.
-    db = (1.0 - beta / BETA_MAX) * tl.where(beta > 0.0, dr_dot_u / tl.where(beta > 0.0, beta, 1.0), 0.0)
-    tl.store(db_out + b * db_sb + (bos + t0 + r) * db_st + i_h, db.to(db_out.dtype.element_ty), mask=valid)
-    dG_state, dG_end = key_gradient(
-        u, dr, h, ds_in + chunk * V * K, q, k, dP, dN, G, rstd_k + norms, dk_out + (row * H + i_h) * K,
+    dG, dG_end = key_gradient(
+        u_in + (row * H + i_h) * V, dr_in + (row * H + i_h) * V, h_in + chunk * V * K, ds_in + chunk * V * K,
+        q_in + (row * Hk + i_h // GROUP) * K, k_in + (row * Hk + i_h // GROUP) * K,
+        dP_in + chunk * C * C, dN_in + chunk * C * C, G_in + chunk * C,
+        rstd_k + (i_c.to(tl.int64) * Hk + i_h // GROUP) * C, dk_out + (row * H + i_h) * K,
         left, H, Hk, K, V, KA, KB, BV, C, L2NORM,
     )  # fmt: skip
-    dg = tl.cumsum(dG + dG_state, 0, reverse=True) + dG_end
+    dg = tl.cumsum(dG + tl.load(dG_in + chunk * C + r), 0, reverse=True) + dG_end
+    valid = r < left
     x = tl.load(a_in + b * a_sb + (bos + t0 + r) * a_st + i_h, mask=valid, other=0.0).to(tl.float32)
     x += tl.load(dt_bias + i_h).to(tl.float32)
     decay_rate = -exp_fp32(tl.load(A_log + i_h).to(tl.float32))

@@ -11,8 +11,9 @@ from torch import Tensor
 from megatron_hybrid.kernels.configs import launch_for
 from megatron_hybrid.kernels.triton_backward import (
     adjoint_scan_kernel,
-    gradients_kernel,
+    key_gradient_kernel,
     norm_backward_kernel,
+    query_gradient_kernel,
 )
 from megatron_hybrid.kernels.triton_conv import conv_backward_kernel
 from megatron_hybrid.kernels.triton_forward import norm_kernel, scan_kernel
@@ -353,13 +354,20 @@ def gradients(
     B, T, Hk, H, K, V, options, layout, _ = problem
     dq, dk = made.q.new_empty(B, T, H, K), made.k.new_empty(B, T, H, K)
     partial = torch.empty(2, H, layout.num_chunks, dtype=torch.float32, device=dq.device)
-    launch = launch_for("gradients", K, V)
-    gradients_kernel[(layout.num_chunks * H,)](
-        made.q, made.k, made.P, torch.empty_like(made.P), solved.G, solved.beta, states.u, states.h, adjoint.ds, do,
-        adjoint.dr, gates.a, gates.A_log, gates.dt_bias, made.rstd_q, made.rstd_k, dq, dk, da, db, *partial,
-        **problem.tables, T=T, num_chunks=layout.num_chunks, scale=options.scale,
-        **strides(do=do, a=gates.a, da=da, db=db), **problem.sizes, BV=launch.block,
+    dN, dG = torch.empty_like(made.P), torch.empty_like(solved.G)
+    grid = (layout.num_chunks * H,)
+    launch = launch_for("query_gradient", K, V)
+    query_gradient_kernel[grid](
+        made.q, made.k, made.P, dN, solved.G, solved.beta, states.u, states.h, do, adjoint.dr, made.rstd_q, dq, db, dG,
+        **problem.tables, T=T, scale=options.scale, **strides(do=do, db=db), **problem.sizes, BV=launch.block,
         L2NORM=options.qk_l2norm, BETA_MAX=options.beta_max, **launch.options,
+    )  # fmt: skip
+    launch = launch_for("key_gradient", K, V)
+    key_gradient_kernel[grid](
+        made.q, made.k, made.P, dN, solved.G, dG, states.u, states.h, adjoint.ds, adjoint.dr,
+        gates.a, gates.A_log, gates.dt_bias, made.rstd_k, dk, da, *partial,
+        **problem.tables, T=T, num_chunks=layout.num_chunks, **strides(a=gates.a, da=da), **problem.sizes,
+        BV=launch.block, L2NORM=options.qk_l2norm, **launch.options,
     )  # fmt: skip
     if Hk != H:
         dq, dk = (x.unflatten(2, (Hk, H // Hk)).sum(3, dtype=torch.float32).to(x.dtype) for x in (dq, dk))

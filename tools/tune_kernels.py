@@ -40,17 +40,8 @@ CANDIDATES = {
     ],
     "norm_backward": [Launch(4, 1, 16), Launch(4, 1, 4), Launch(2, 1, 4), Launch(8, 1, 16, 128)],
     "adjoint_scan": [Launch(4, 2, 64), Launch(4, 4, 64)],
-    "gradients": [
-        Launch(8, 2, 64, 128),
-        Launch(8, 3, 64, 128),
-        Launch(8, 1, 32, 128),
-        Launch(8, 2, 32, 128),
-        Launch(8, 3, 32, 128),
-        Launch(8, 4, 32, 128),
-        Launch(8, 3, 64),
-        Launch(4, 1, 64),
-        Launch(4, 2, 64),
-    ],
+    "query_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128)],
+    "key_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128), Launch(8, 1, 64)],
     "conv_backward": [Launch(1, 1, 64), Launch(1, 1, 256), Launch(2, 1, 256), Launch(2, 1, 128)],
 }
 
