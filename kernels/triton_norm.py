@@ -26,7 +26,7 @@ def row_of(x, row, b, stride_s, stride_b):
 
 
 @triton.jit
-def norm_kernel(
+def wide_norm_kernel(
     x_in, weight, squares, y_out, rstd_out, b, stride_s, stride_b, stride_h, width, eps,
     h: tl.constexpr, d: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr, APPLY: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def norm_kernel(
 
 
 @triton.jit
-def norm_gradient_kernel(
+def wide_norm_gradient_kernel(
     x_in, weight, rstd_in, dy_in, dots, dx_out, dw_out, rows, b, stride_s, stride_b, stride_h,
     dy_stride_s, dy_stride_b, dy_stride_h, width,
     h: tl.constexpr, d: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr, APPLY: tl.constexpr,
@@ -88,7 +88,7 @@ def norm(x: Tensor, weight: Tensor, squares: Tensor, width: int, eps: float, sta
     """
     s, b, h, d = x.shape
     y, rstd = (x.new_empty(x.shape), torch.empty_like(squares)) if stage != "sums" else (squares, squares)
-    norm_kernel[(s * b,)](
+    wide_norm_kernel[(s * b,)](
         x, weight, squares, y, rstd, b, *x.stride()[:3], width, eps, h=h, d=d, BLOCK=triton.next_power_of_2(h * d),
         SUM=stage != "apply", APPLY=stage != "sums", num_warps=WARPS,
     )  # fmt: skip
@@ -104,7 +104,7 @@ def norm_gradient(
     programs = min(s * b, PROGRAMS)
     dx = x.new_empty(x.shape) if stage != "sums" else dots
     dw = torch.empty(programs, h * d, dtype=torch.float32, device=x.device) if stage != "apply" else dots
-    norm_gradient_kernel[(programs,)](
+    wide_norm_gradient_kernel[(programs,)](
         x, weight, rstd, dy, dots, dx, dw, s * b, b, *x.stride()[:3], *dy.stride()[:3], width, h=h, d=d,
         BLOCK=triton.next_power_of_2(h * d), SUM=stage != "apply", APPLY=stage != "sums", num_warps=WARPS,
     )  # fmt: skip

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_hybrid.tools.cli import ToolError, run_cli
@@ -31,8 +32,8 @@ GRACE_S = 25
 PEAK_TFLOPS = 989.0
 
 
-def chosen(names: list[str], groups: list[str], without: list[str], small: bool) -> list[Case]:
-    """Cases by name and group, less those of `without`; all where neither is given.
+def chosen(names: list[str], groups: list[str], without: list[str], rounds: int, small: bool) -> list[Case]:
+    """Cases by name and group, less those of `without`, in at most so many rounds; all where neither is given.
 
     Raises:
         ToolError: a name or group that no case has.
@@ -48,7 +49,7 @@ def chosen(names: list[str], groups: list[str], without: list[str], small: bool)
     if not groups:
         every = [case for case in every if case not in WARM_UP]
     return [
-        case
+        replace(case, rounds=min(case.rounds, rounds))
         for case in every
         if (not names or case.name in names) and (not groups or case.group in groups) and case.name not in without
     ]
@@ -61,13 +62,14 @@ def main() -> None:
     parser.add_argument("--group", action="append", default=[], help="only this group (repeatable)")
     parser.add_argument("--case", action="append", default=[], help="only cases of this name (repeatable)")
     parser.add_argument("--without", action="append", default=[], help="no cases of this name (repeatable)")
+    parser.add_argument("--rounds", type=int, default=2, help="visits of a case at most (2)")
     parser.add_argument("--tokens", help="raw uint16 ids, for the cases on real text")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try this tool itself, on CPU too")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--worker", type=int, metavar="VISIT", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    cases = chosen(args.case, args.group, args.without, args.tiny)
+    cases = chosen(args.case, args.group, args.without, args.rounds, args.tiny)
     if args.list:
         for case in cases:
             print(f"{case.group} / {case.name}: --preset {case.preset} {' '.join(case.flags)}")
@@ -90,7 +92,9 @@ def supervise(cases: list[Case], args: argparse.Namespace, events: Path) -> None
     command = [sys.executable, "-m", "megatron_hybrid.tools.bench_training", "--output", str(args.output)]
     for flag, values in (("--group", args.group), ("--case", args.case), ("--without", args.without)):
         command += [word for value in values for word in (flag, value)]
-    command += ["--tiny"] * args.tiny + (["--tokens", args.tokens] if args.tokens else [])
+    command += (
+        ["--rounds", str(args.rounds)] + ["--tiny"] * args.tiny + (["--tokens", args.tokens] if args.tokens else [])
+    )
     shown = 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     while (first := _ended(events)) < len(plan) and time.time() < deadline + GRACE_S:

@@ -11,10 +11,7 @@ import torch
 #: First match wins; names are kernels' own.
 CATEGORIES = (
     ("loss", r"cross_entropy|logsumexp_kernel|logits_gradient|softmax|nll"),
-    (
-        "Gated DeltaNet kernels",
-        r"^(conv|diagonal|prepare|scan|output|norm_backward|adjoint|query|key|gradients)\w*_kernel",
-    ),
+    ("Gated DeltaNet kernels", r"^(conv|prepare|scan|norm|adjoint_scan|query_gradient|key_gradient)\w*_kernel"),
     (  # flash-linear-attention's
         "Gated DeltaNet kernels",
         r"^(chunk_|causal_conv1d|l2norm|recompute_w_u|solve_tril|merge_16|layer_norm_gated|prepare_wy|gdn_|fused_gdn)",
