@@ -25,9 +25,10 @@ from megatron_hybrid.kernels.configs import Launch, trial
 
 KERNELS = (
     "conv",
+    "diagonal",
     "prepare",
     "scan",
-    "norm",
+    "output",
     "norm_backward",
     "adjoint_scan",
     "query_gradient",

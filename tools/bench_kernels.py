@@ -3,9 +3,10 @@
 Prints one line per measurement: median and spread in milliseconds, the time of the kernels alone (what counts when
 the host runs ahead), bytes and FLOPs that the mathematics needs, what
 fraction of this GPU's measured copy and matmul rates that is, and peak memory. --json writes the same as a file.
-flash-linear-attention is timed when installed. Its backward refuses Hopper with triton 3.4 to 3.7.0 (its issue #640:
+flash-linear-attention is timed when installed, at --fla-shapes. Its autotuner chooses among all its configurations;
+their compilation alone is spread over the cores. Its backward refuses Hopper with triton 3.4 to 3.7.0 (its issue #640:
 gradients of the gate are wrong there); --force-fla-backward switches that check off in this process, which leaves its
-time valid and those gradients not.
+time valid and those gradients not. --errors prints the errors of both outputs against the reference in fp64.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hybrid.kernels import gated_delta
+from megatron_hybrid.kernels import gated_delta, reference
+from megatron_hybrid.kernels.self_test import relative_error
+from megatron_hybrid.tools.gpu_bench.fla import allow_fla_backward, compile_side_by_side
 
 Run = Callable[[], Any]
 
@@ -190,10 +193,29 @@ def measure(case: Case, with_fla: bool, every: int, repeats: int, rates: tuple[f
     return lines
 
 
-def force_fla_backward() -> None:
-    import fla.ops.common.chunk_o as chunk_o
+def print_errors(H: int, K: int, V: int, with_fla: bool) -> None:
+    """Relative RMS error of o, and of its worst head, with random keys and with identical keys and beta = 1.98."""
+    generator = torch.Generator("cuda").manual_seed(0)
 
-    chunk_o.TRITON_ABOVE_3_7_1 = True
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    A_log, dt_bias = torch.linspace(0.05, 16, H, device="cuda").log(), torch.full((H,), -4.6, device="cuda")
+    for T in (64, 1024):
+        q, k, v, a, b = rand(1, T, H, K), rand(1, T, H, K), rand(1, T, H, V), rand(1, T, H), rand(1, T, H)
+        for what, keys, strength in (
+            ("random keys", k, b),
+            ("identical keys, beta 1.98", k[:, :1].expand_as(k), torch.full_like(b, 4.6)),
+        ):
+            inputs = [x.bfloat16() for x in (reference.l2norm(q), reference.l2norm(keys), v, a, strength)]
+            inputs += [A_log, dt_bias]
+            doubles = [x.double() for x in inputs]
+            exact, _ = gated_delta.gated_delta_rule(*doubles, qk_l2norm=False, backend="reference")
+            for backend in ("triton", "fla") if with_fla else ("triton",):
+                with torch.no_grad():
+                    o, _ = gated_delta.gated_delta_rule(*inputs, qk_l2norm=False, backend=backend)
+                heads = [relative_error(x, y) for x, y in zip(o.unbind(2), exact.unbind(2), strict=True)]
+                print(f"{T:>6} {what:<26} {backend:<7} error of o {relative_error(o, exact):.4f} ({max(heads):.4f})")
 
 
 def main() -> None:
@@ -206,6 +228,8 @@ def main() -> None:
     parser.add_argument("--key-dim", type=int, default=96)
     parser.add_argument("--value-dim", type=int, default=192)
     parser.add_argument("--shapes", nargs="+", default=["1x8192", "2x8192", "1x65536", "8x1024packed"], help="BxT")
+    parser.add_argument("--fla-shapes", nargs="*", help="those at which flash-linear-attention is timed; default: all")
+    parser.add_argument("--errors", action="store_true", help="print errors as well")
     parser.add_argument("--states-every", type=int, default=4, help="also time ours with every n-th state kept; 0: not")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--force-fla-backward", action="store_true", help="see above")
@@ -214,16 +238,19 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no GPU here: these are timings of kernels")
     with_fla = importlib.util.find_spec("fla") is not None
-    if with_fla and args.force_fla_backward:
-        force_fla_backward()
+    if with_fla:
+        compile_side_by_side()
+        if args.force_fla_backward:
+            allow_fla_backward()
     rates = ceilings()
+    fla_shapes = args.shapes if args.fla_shapes is None else args.fla_shapes
     print(f"{torch.cuda.get_device_name()}: copy {rates[0] / 1e12:.2f} TB/s, bf16 matmul {rates[1] / 1e12:.0f} TFLOP/s")
     lines: list[dict[str, Any]] = []
     for shape in args.shapes:
         B, T = (int(x) for x in shape.removesuffix("packed").split("x"))
         packed = B if shape.endswith("packed") else 0
         case = Case(1 if packed else B, B * T if packed else T, args.heads, args.key_dim, args.value_dim, packed)
-        for line in measure(case, with_fla, args.states_every, args.repeats, rates):
+        for line in measure(case, with_fla and shape in fla_shapes, args.states_every, args.repeats, rates):
             print(
                 f"{shape:>13} {line['what']:<24} {line['who']:<14} {line['ms']:8.3f} ms "
                 f"({line['ms_min']:.3f} to {line['ms_max']:.3f})  kernels {line['kernels_ms']:7.3f} ms  "
@@ -234,6 +261,8 @@ def main() -> None:
             lines.append(line)
         del case
         torch.cuda.empty_cache()
+    if args.errors:
+        print_errors(args.heads, args.key_dim, args.value_dim, with_fla)
     if args.json:
         args.json.write_text(json.dumps({"copy": rates[0], "matmul": rates[1], "lines": lines}, indent=1))
 

@@ -2,19 +2,21 @@
 
 The inputs of the delta rule are bf16 values with unit-norm q and k, as the recurrence takes them; what the kernels'
 own normalisation rounds comes on top and is bounded in test_mixer_core. Errors are RMS of the difference over RMS of
-the expected tensor. A_log and dt_bias are one number a head: their errors are over all heads.
+the expected tensor. A_log and dt_bias are one number a head: their errors are over all heads. Launches are those that
+training runs, where the table has an entry for this GPU and these head sizes, and the defaults elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_hybrid.kernels import gated_delta, reference
-from megatron_hybrid.kernels.configs import trial
+from megatron_hybrid.kernels.configs import TABLE, current_key, trial
 from megatron_hybrid.kernels.self_test import self_test
 
 pytestmark = [
@@ -97,8 +99,12 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
     assert not problems, "; ".join(problems)
 
 
+def launches(K: int = 96, V: int = 192) -> AbstractContextManager[None]:
+    return trial(**TABLE.get((*current_key(), K, V), {}))
+
+
 def check(inputs: dict[str, Tensor], every: int = 0, cu_seqlens: Tensor | None = None) -> None:
-    with trial():
+    with launches(inputs["k"].shape[3], inputs["v"].shape[3]):
         first = run("triton", inputs, states_every=every, cu_seqlens=cu_seqlens)
         second = run("triton", inputs, states_every=every, cu_seqlens=cu_seqlens)
     assert [name for name in first if not torch.equal(first[name], second[name])] == [], "same input, other bits"
@@ -146,7 +152,7 @@ def test_extremes(change: dict) -> None:
     inputs["initial_state"].zero_()
     for name, f in change.items():
         inputs[name] = f(inputs[name])
-    with trial():
+    with launches():
         actual = run("triton", inputs)
     expected = run("reference", inputs)
     # Without decay nothing flows to the gate's parameters: their gradients are sums of rounding.
@@ -160,7 +166,7 @@ def test_strong_decay() -> None:
     inputs = delta_inputs(1, 130, MODEL)
     inputs["A_log"] = torch.full_like(inputs["A_log"], 4.0)
     inputs["dt_bias"] = torch.zeros_like(inputs["dt_bias"])
-    with trial():
+    with launches():
         actual = run("triton", inputs)
     assert all(x.isfinite().all() for x in actual.values())
     expected = run("reference", inputs)
@@ -179,7 +185,7 @@ def test_250_thousand_tokens() -> None:
         parts = (x[:, tokens] for x in (q, k, v, a, b))
         return gated_delta.gated_delta_rule(*parts, *gates, initial_state=state, output_final_state=True)
 
-    with torch.no_grad(), trial():
+    with torch.no_grad(), launches():
         whole, _ = part(slice(0, T), None)
         first, state = part(slice(0, half), None)
         second, _ = part(slice(half, T), state)
@@ -206,7 +212,7 @@ def test_mixer_core(packed: bool) -> None:
     results = []
     for backend in ("triton", "reference"):
         leaves = {n: (x.double() if backend == "reference" else x).requires_grad_() for n, x in inputs.items()}
-        with trial():
+        with launches():
             y, _ = gated_delta.mixer_core(
                 **leaves, **options, cu_seqlens=cumulative(lengths) if packed else None, backend=backend
             )
@@ -226,7 +232,7 @@ def test_shard_summary() -> None:
     """
     inputs, chunks = delta_inputs(1, 500, MODEL), 8
     names = ("k", "v", "a", "b", "A_log", "dt_bias")
-    with trial(), torch.no_grad():
+    with launches(), torch.no_grad():
         M, S = gated_delta.shard_summary(*(inputs[n] for n in names), k_l2norm=False, backend="triton")
     exact_M, exact_S = gated_delta.shard_summary(
         *(inputs[n].double() for n in names), k_l2norm=False, backend="reference"
@@ -237,5 +243,5 @@ def test_shard_summary() -> None:
 
 
 def test_self_test() -> None:
-    with trial():
+    with launches():
         self_test(96, 192)

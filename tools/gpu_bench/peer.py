@@ -1,9 +1,4 @@
-"""What the plugin is measured against: Hugging Face's model, and (peer_spec.py) Megatron-Core's GDN layer.
-
-flash-linear-attention 0.6.0 refuses its gated backward on Hopper with triton 3.4 to 3.7.0, where some of its gradients
-are wrong (its issue #640). `allow_fla_backward` switches that check off in this process: its times are valid then, the
-gradients of its gates are not.
-"""
+"""What the plugin is measured against: Hugging Face's model, and (peer_spec.py) Megatron-Core's GDN layer."""
 
 from __future__ import annotations
 
@@ -12,13 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_hybrid.tools.gpu_bench.fla import allow_fla_backward, compile_side_by_side
 from megatron_hybrid.tools.gpu_bench.harness import batches, free, synchronize
-
-
-def allow_fla_backward() -> None:
-    import fla.ops.common.chunk_o as chunk_o
-
-    chunk_o.TRITON_ABOVE_3_7_1 = True
 
 
 class HuggingFace:
@@ -29,6 +19,7 @@ class HuggingFace:
 
         if torch.cuda.is_available():
             allow_fla_backward()
+            compile_side_by_side()
         kinds = {"G": "linear_attention", "*": "full_attention"}
         pattern = args.hybrid_layer_pattern
         config = OlmoHybridConfig(

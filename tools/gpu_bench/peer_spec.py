@@ -15,7 +15,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
-from megatron_hybrid.tools.gpu_bench.peer import allow_fla_backward
+from megatron_hybrid.tools.gpu_bench.fla import allow_fla_backward, compile_side_by_side
 
 
 def _build() -> Any:
@@ -34,4 +34,5 @@ def _build() -> Any:
 
 if find_spec("fla") is not None:  # without it, Megatron's layer says that it is missing
     allow_fla_backward()
+    compile_side_by_side()
 megatron_gdn_stack_spec = _build()

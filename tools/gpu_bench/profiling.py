@@ -11,7 +11,10 @@ import torch
 #: First match wins; names are kernels' own.
 CATEGORIES = (
     ("loss", r"cross_entropy|logsumexp_kernel|logits_gradient|softmax|nll"),
-    ("Gated DeltaNet kernels", r"^(conv|prepare|scan|norm|adjoint_scan|query_gradient|key_gradient)\w*_kernel"),
+    (
+        "Gated DeltaNet kernels",
+        r"^(conv|diagonal|prepare|scan|output|norm_backward|adjoint|query|key|gradients)\w*_kernel",
+    ),
     (  # flash-linear-attention's
         "Gated DeltaNet kernels",
         r"^(chunk_|causal_conv1d|l2norm|recompute_w_u|solve_tril|merge_16|layer_norm_gated|prepare_wy|gdn_|fused_gdn)",
@@ -20,7 +23,7 @@ CATEGORIES = (
     ("FP8 casts and scales", r"quantiz|cast_transpose|fp8|amax|transpose_kernel|nvte.*(cast|transpose)|block_scal"),
     ("GEMM", r"gemm|nvjet|cutlass|xmma|cublas|splitk|gemv"),
     ("optimizer", r"adam|multi_tensor|l2norm"),
-    ("norms", r"rmsnorm|layernorm|ln_fwd|ln_bwd|rms_norm|layer_norm"),
+    ("norms", r"wide_norm|rmsnorm|layernorm|ln_fwd|ln_bwd|rms_norm|layer_norm"),
     ("embedding", r"embedding|indexSelect|index_select|sort|index_put"),
     ("copies and fills", r"memcpy|memset|copy|CatArray|fill"),
     ("elementwise and reductions", r"elementwise|vectorized|reduce|swiglu|rope|triton_|dgated|gated"),
