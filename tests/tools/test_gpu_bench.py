@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_hybrid.tools.fp8_acceptance import verdict
@@ -62,3 +63,19 @@ def test_help_and_bad_names(tool: str, tmp_path: Path) -> None:
 def test_what_acceptance_calls_passed(row: dict[str, Any], said: str) -> None:
     whole = {"errors": [], "final_20": 3.0, "skipped": 0.0, "resumed_equal": 20, "resumed_steps": 20}
     assert verdict({**whole, **row}, whole, 20) == said
+
+
+def test_rounding_alone_changes_every_gradient_a_little(tmp_path: Path) -> None:
+    np.random.default_rng(0).integers(0, 255, 4096, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
+    flags = "--seq-length 128 --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --lr 1e-3 --lr-warmup-iters 0"
+    question = {
+        "preset": "olmo-hybrid-tiny",
+        "flags": flags.split(),
+        "tokenizer": ["--tokenizer-type", "NullTokenizer", "--vocab-size", "255"],
+        "tokens": str(tmp_path / "tokens.bin"),
+    }
+    (tmp_path / "question.json").write_text(json.dumps(question))
+    ended = _run("gpu_bench.rounding", str(tmp_path / "question.json"), str(tmp_path / "answer.json"))
+    assert ended.returncode == 0, ended.stderr
+    cosines = json.loads((tmp_path / "answer.json").read_text())["cosines"]["rounded"]
+    assert len(cosines) > 40 and all(0.5 < cosine < 1 - 1e-6 for cosine in cosines.values()), cosines
