@@ -6,7 +6,7 @@ and what a file says is checked before it is used. Headers are checked by the pa
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
 import math
 import os
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hybrid.tools.atomic_file import flush_to_disk
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.convert.in_order import InOrder, workers
 from megatron_hybrid.tools.convert.output_folder import read_json
+from megatron_hybrid.tools.direct_io import DirectWriter
 from megatron_hybrid.tools.hf_mapping import Shape
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from torch import Tensor
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -134,10 +135,15 @@ def read_folder(folder: Path, follow_symlinks: bool = False) -> dict[str, Tensor
 
 
 class SafetensorsWriter:
-    """Writes one file, its tensors in any order, byte for byte as safetensors' save_file would."""
+    """Writes one file, its tensors in any order, byte for byte as safetensors' save_file would.
+
+    `hashes` has the SHA-256 of each tensor's bytes by name, once `close` has returned.
+    """
 
     def __init__(self, path: Path, tensors: dict[str, tuple[str, Shape]]) -> None:
         """tensors: dtype and shape by name, all that the file will hold."""
+        self.hashes: dict[str, str] = {}
+        self._path = path
         self._offsets: dict[str, tuple[int, int]] = {}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -149,11 +155,9 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._data_start = 8 + len(text)
-        self._threads = [InOrder(f"write{number}", 2) for number in range(workers())]
-        self._turn = itertools.cycle(self._threads)
-        self._handle = open(path, "wb")  # noqa: SIM115 closed by close()
-        self._handle.write(len(text).to_bytes(8, "little") + text)
-        self._handle.flush()
+        self._threads = InOrder("write", 2 * workers(), workers())
+        self._file = DirectWriter(path, self._data_start + end)
+        self._file.write(0, len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes a contiguous tensor, which must not be changed afterwards, to its place."""
@@ -163,21 +167,20 @@ class SafetensorsWriter:
         content = tensor.reshape(-1).view(torch.uint8).numpy()
         if content.nbytes != end - start:
             raise ToolError(f"{name}: {content.nbytes} bytes where {end - start} were planned; this is a defect")
-        next(self._turn).submit(self._write_at, self._data_start + start, memoryview(content))
+        self._threads.submit(self._write, name, self._data_start + start, content)
 
-    def _write_at(self, offset_bytes: int, content: memoryview) -> None:
-        while content:
-            written = os.pwrite(self._handle.fileno(), content, offset_bytes)
-            content, offset_bytes = content[written:], offset_bytes + written
+    def _write(self, name: str, offset_bytes: int, content: ndarray[Any, Any]) -> None:
+        digest = hashlib.sha256()
+        self._file.write(offset_bytes, content, digest.update)
+        self.hashes[name] = digest.hexdigest()
 
     def close(self, complete: bool = True) -> None:
         """Closes the file; with `complete`, once every planned tensor is on the disk."""
-        with self._handle:
-            for thread in self._threads:
-                thread.finish() if complete else thread.stop()
-            if complete:
-                if self._offsets:
-                    raise ToolError(
-                        f"{self._handle.name}: {next(iter(self._offsets))} was not written; this is a defect"
-                    )
-                flush_to_disk(self._handle)
+        with self._file:
+            if not complete:
+                self._threads.stop()
+                return
+            self._threads.finish()
+            if self._offsets:
+                raise ToolError(f"{self._path}: {next(iter(self._offsets))} was not written; this is a defect")
+            self._file.finish()

@@ -18,7 +18,7 @@ from megatron_hybrid.tools.convert.safetensors_folder import (
     SafetensorsWriter,
     read_header,
 )
-from megatron_hybrid.tools.convert.source import FP32_ISLANDS, Hashes, MegatronSource, Source, open_megatron, read_ahead
+from megatron_hybrid.tools.convert.source import FP32_ISLANDS, MegatronSource, Source, open_megatron, read_ahead
 from megatron_hybrid.tools.convert.tokenizer_files import write_tokenizer_files
 from megatron_hybrid.tools.hf_mapping import Shape
 
@@ -120,7 +120,7 @@ def write_shards(source: Source, shards: Shards, folder: Path) -> dict[str, str]
     """Writes the safetensors files; returns the SHA-256 of each tensor's bytes by name."""
     import torch
 
-    hashes = Hashes()
+    hashes: dict[str, str] = {}
     stream = (item for _, tensors in read_ahead(source) for item in tensors.items())
     with byte_progress_bar("export", sum(t.size_bytes for shard in shards for t in shard)) as bar:
         for file_name, shard in zip(shard_names(len(shards)), shards, strict=True):
@@ -131,14 +131,13 @@ def write_shards(source: Source, shards: Shards, folder: Path) -> dict[str, str]
                     name, tensor = next(stream)
                     if (name, tuple(tensor.shape)) != (planned.name, planned.shape):
                         raise ToolError(f"{planned.name}: {name} {list(tensor.shape)} came instead; this is a defect")
-                    tensor = tensor.to(getattr(torch, planned.dtype))
-                    hashes.add(name, tensor)
-                    writer.write(name, tensor)
+                    writer.write(name, tensor.to(getattr(torch, planned.dtype)))
                     bar.update(planned.size_bytes)
                 complete = True
             finally:
                 writer.close(complete)
-    return hashes.all()
+            hashes |= writer.hashes
+    return hashes
 
 
 def check_written(shards: Shards, folder: Path) -> list[str]:
