@@ -14,7 +14,7 @@ import json
 import math
 import os
 import pickle  # only to subclass Unpickler below; nothing is loaded with pickle.load or pickle.loads
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,10 +155,8 @@ class TorchDistCheckpoint:
         """Names of what is stored and is no tensor."""
         return tuple(self._objects)
 
-    def read(self, name: str, empty: Callable[[Shape, str], Tensor] | None = None) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """Tensor `name`, whole, on the CPU, in its stored dtype; host memory: the tensor and one chunk of it.
-
-        `empty` makes a contiguous tensor of a shape and dtype; default: in new memory.
 
         Raises:
             ToolError: no such tensor, chunks that do not cover it, or a missing, short or damaged file.
@@ -167,10 +165,7 @@ class TorchDistCheckpoint:
 
         self.check(name)
         stored = self.stored(name)
-        if empty is None:
-            whole = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
-        else:
-            whole = empty(stored.shape, stored.dtype)
+        whole = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
         for chunk in stored.chunks:
             target = whole
             for dimension, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):

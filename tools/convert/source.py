@@ -7,7 +7,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megatron_hybrid.checkpoint.sidecar import FILE_NAME as SIDECAR_FILE
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.convert.in_order import InOrder
-from megatron_hybrid.tools.convert.reused_memory import ReusedMemory
 from megatron_hybrid.tools.convert.safetensors_folder import ITEM_BYTES
 from megatron_hybrid.tools.dcp_reader import TorchDistCheckpoint, find_iteration
 from megatron_hybrid.tools.hf_mapping import (
@@ -72,7 +71,6 @@ class MegatronSource:
     config: ModelConfig
     sidecar: dict[str, Any]
     rules: list[TensorRule]
-    memory: ReusedMemory = field(default_factory=ReusedMemory)
 
     @property
     def folder(self) -> Path:
@@ -83,7 +81,7 @@ class MegatronSource:
 
     def read(self, rule: TensorRule, state: str = PARAM) -> dict[str, Tensor]:
         name = rule.megatron if state == PARAM else f"optimizer.state.{state.removeprefix(OPTIMIZER)}.{rule.megatron}"
-        parts = to_hf(rule, self.checkpoint.read(name, self.memory.empty), self.config)
+        parts = to_hf(rule, self.checkpoint.read(name), self.config)
         return {name: part.contiguous() for name, part in parts.items()}
 
 
