@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from megatron_hybrid.tools.cli import ToolError
-from megatron_hybrid.tools.torch_archive import FileSlice, check_archive, first_line, plain_payload
+from megatron_hybrid.tools.torch_archive import FileSlice, Payload, check_archive, first_line, plain_payload
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -163,15 +164,40 @@ class TorchDistCheckpoint:
         """
         import torch
 
-        self.check(name)
         stored = self.stored(name)
         whole = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
+        if pieces := self.pieces(name):
+            _fill(whole, pieces)
+            return whole
         for chunk in stored.chunks:
             target = whole
             for dimension, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
                 target = target.narrow(dimension, start, size)
-            self._read_chunk(stored, chunk, target)
+            target.copy_(self._read_chunk(stored, chunk))
         return whole
+
+    def pieces(self, name: str) -> Iterator[ndarray[Any, Any]] | None:
+        """The bytes of tensor `name`, in order, as arrays that hold until the next is asked for.
+
+        None where the chunks are not its rows one after the other, or not stored plainly: `read` it then.
+
+        Raises:
+            ToolError: as `read` does; for damage not before the end of each chunk.
+        """
+        self.check(name)
+        stored = self.stored(name)
+        chunks = sorted(stored.chunks, key=lambda chunk: chunk.offsets)
+        if any(chunk.sizes[1:] != stored.shape[1:] for chunk in chunks):
+            return None
+        payloads = [self._payload(stored, chunk) for chunk in chunks]
+        if not all(payloads):
+            return None
+        return (
+            piece
+            for chunk, payload in zip(chunks, payloads, strict=True)
+            if payload
+            for piece in payload.pieces(self.folder / chunk.file, chunk.offset_bytes, self._place(stored, chunk))
+        )
 
     def check(self, name: str) -> None:
         """Raises what `read` would for chunks or files that are missing or too short, without reading any."""
@@ -218,24 +244,24 @@ class TorchDistCheckpoint:
             )
         return self.tensors[name]
 
-    def _read_chunk(self, stored: StoredTensor, chunk: Chunk, into: Tensor) -> None:
-        path = self.folder / chunk.file
-        place = f"{path}: tensor {stored.name}, chunk at {list(chunk.offsets)}"
-        with open(path, "rb") as handle:
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # the archive's lists only
-            payload = plain_payload(FileSlice(handle, chunk.offset_bytes, chunk.length_bytes))
-        if payload is None or (payload.dtype, payload.shape) != (stored.dtype, chunk.sizes):
-            into.copy_(self._load_chunk(stored, chunk, place))
-            return
-        whole = into if into.is_contiguous() else into.new_empty(chunk.sizes)
-        payload.read(path, chunk.offset_bytes, whole, place)
-        if whole is not into:
-            into.copy_(whole)
+    def _place(self, stored: StoredTensor, chunk: Chunk) -> str:
+        return f"{self.folder / chunk.file}: tensor {stored.name}, chunk at {list(chunk.offsets)}"
 
-    def _load_chunk(self, stored: StoredTensor, chunk: Chunk, place: str) -> Tensor:
-        """A chunk that is not of the plain kind, or not what `.metadata` says, by torch's own reader."""
+    def _payload(self, stored: StoredTensor, chunk: Chunk) -> Payload | None:
+        """Where a chunk's bytes lie, if it is of the plain kind and what `.metadata` says."""
+        with open(self.folder / chunk.file, "rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # a few lines of it, not what is beside them
+            payload = plain_payload(FileSlice(handle, chunk.offset_bytes, chunk.length_bytes))
+        return payload if payload and (payload.dtype, payload.shape) == (stored.dtype, chunk.sizes) else None
+
+    def _read_chunk(self, stored: StoredTensor, chunk: Chunk) -> Tensor:
         import torch
 
+        place = self._place(stored, chunk)
+        if payload := self._payload(stored, chunk):
+            tensor = torch.empty(chunk.sizes, dtype=getattr(torch, stored.dtype))
+            _fill(tensor, payload.pieces(self.folder / chunk.file, chunk.offset_bytes, place))
+            return tensor
         try:
             with open(self.folder / chunk.file, "rb") as handle:
                 view = FileSlice(handle, chunk.offset_bytes, chunk.length_bytes)
@@ -255,6 +281,17 @@ class TorchDistCheckpoint:
                 f"but {METADATA_FILE} says {stored.dtype} {list(chunk.sizes)}"
             )
         return tensor.detach()
+
+
+def _fill(tensor: Tensor, pieces: Iterator[ndarray[Any, Any]]) -> None:
+    """Copies the bytes of a tensor into a contiguous one."""
+    import torch
+
+    content = tensor.view(-1).view(torch.uint8).numpy()
+    filled = 0
+    for piece in pieces:
+        content[filled : filled + len(piece)] = piece
+        filled += len(piece)
 
 
 def find_iteration(checkpoint: Path, iteration: int | None = None) -> Path:

@@ -2,7 +2,7 @@
 
 A conversion touches every byte once. Through the page cache each byte costs a copy and a part of a new page, together
 more than its hash, and pushes out what others keep there. Past it the disk reads and writes our memory itself, but
-whole blocks only, so that all goes through one buffer per thread, which stays in the processor's caches.
+whole blocks only, so that all goes through two buffers per thread, which stay in the processor's caches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Buffer, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,10 @@ class DirectFile:
         self.close()
 
     def close(self) -> None:
-        """Closes it."""
-        os.close(self._descriptor)
+        """Closes it, if it is open."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def pieces(self, offset_bytes: int, size_bytes: int) -> Iterator[ndarray[Any, Any]]:
         """The bytes of a range, in order, as arrays that hold until the next is asked for.
@@ -53,7 +55,7 @@ class DirectFile:
         Raises:
             EOFError: the file ends before.
         """
-        buffer = _buffer()
+        buffer = _buffer("read")
         end = offset_bytes + size_bytes
         while offset_bytes < end:
             start = offset_bytes - offset_bytes % BLOCK_BYTES
@@ -99,31 +101,9 @@ class DirectWriter:
         self._edges: list[tuple[int, bytes]] = []  # parts of blocks
         self._file.resize(size_bytes)  # or writes that make the file longer wait for each other
 
-    def __enter__(self) -> DirectWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def write(self, offset_bytes: int, content: Buffer, seen: Callable[[Any], object] = len) -> None:
-        """Writes bytes and gives them, piece by piece in order, to `seen`, which makes a hash of them."""
-        import numpy
-
-        buffer = _buffer()
-        content = numpy.frombuffer(content, numpy.uint8)
-        while len(content):
-            inside = offset_bytes % BLOCK_BYTES
-            count = min(len(content), BLOCK_BYTES - inside if inside else len(buffer))
-            if count > BLOCK_BYTES:
-                count -= count % BLOCK_BYTES
-            piece = buffer[:count]
-            piece[:] = content[:count]
-            seen(piece)
-            if count % BLOCK_BYTES:
-                self._edges.append((offset_bytes, piece.tobytes()))
-            else:
-                self._file.write(offset_bytes, piece)
-            content, offset_bytes = content[count:], offset_bytes + count
+    def range(self, offset_bytes: int, size_bytes: int) -> Range:
+        """Consecutive bytes of the file, for the calling thread to write before it begins another range."""
+        return Range(self._file, self._edges, offset_bytes, size_bytes)
 
     def finish(self) -> None:
         """All is on the disk then, once every range was written."""
@@ -132,20 +112,78 @@ class DirectWriter:
             inside = offset_bytes % BLOCK_BYTES
             block = blocks.setdefault(offset_bytes - inside, bytearray(BLOCK_BYTES))
             block[inside : inside + len(part)] = part
-        piece = _buffer()[:BLOCK_BYTES]
+        piece = _buffer("write")[:BLOCK_BYTES]
         for offset_bytes, block in blocks.items():
             piece[:] = memoryview(block)
             self._file.write(offset_bytes, piece)
         self._file.resize(self._size_bytes)
         self._file.sync()
 
+    def close(self) -> None:
+        """Closes the file as it is."""
+        self._file.close()
 
-def _buffer() -> ndarray[Any, Any]:
-    """This thread's memory for pieces, at the beginning of a page."""
+
+class Range:
+    """Consecutive bytes of a DirectWriter's file, written from front to back; `left` of them are to come."""
+
+    def __init__(self, file: DirectFile, edges: list[tuple[int, bytes]], offset_bytes: int, size_bytes: int) -> None:
+        self.left = size_bytes
+        self._file, self._edges = file, edges
+        self._buffer = _buffer("write")
+        self._first = self._end = offset_bytes % BLOCK_BYTES  # what is filled of the buffer
+        self._offset_bytes = offset_bytes - self._first  # where in the file the buffer belongs
+
+    def write(self, piece: ndarray[Any, Any]) -> None:
+        """Takes the next bytes."""
+        while len(piece):
+            count = min(len(piece), len(self._buffer) - self._end)
+            self._buffer[self._end : self._end + count] = piece[:count]
+            piece, self._end, self.left = piece[count:], self._end + count, self.left - count
+            if self._end == len(self._buffer) or not self.left:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Writes the whole blocks in the buffer; parts of blocks wait for their neighbours."""
+        first, end = self._first, self._end
+        blocks = min(end, BLOCK_BYTES) if first else 0
+        blocks_end = max(blocks, end - end % BLOCK_BYTES)
+        self._file.write(self._offset_bytes + blocks, self._buffer[blocks:blocks_end])
+        for start, stop in ((first, blocks), (blocks_end, end)):
+            if start < stop:
+                self._edges.append((self._offset_bytes + start, self._buffer[start:stop].tobytes()))
+        self._offset_bytes += end
+        self._first = self._end = 0
+
+
+def _buffer(use: str) -> ndarray[Any, Any]:
+    """This thread's memory for pieces to "read" or "write", at the beginning of a page."""
     import numpy
 
-    if not hasattr(_held, "buffer"):
+    if not hasattr(_held, use):
         memory = numpy.empty(PIECE_BYTES + BLOCK_BYTES, numpy.uint8)
         start = -memory.ctypes.data % BLOCK_BYTES
-        _held.buffer = memory[start : start + PIECE_BYTES]
-    return _held.buffer
+        setattr(_held, use, memory[start : start + PIECE_BYTES])
+    buffer: ndarray[Any, Any] = getattr(_held, use)
+    return buffer
+
+
+class Stream:
+    """Bytes that come in pieces, handed on in parts of other sizes."""
+
+    def __init__(self, pieces: Iterator[ndarray[Any, Any]]) -> None:
+        self._pieces, self._rest = pieces, _buffer("read")[:0]
+
+    def take(self, size_bytes: int) -> Iterator[ndarray[Any, Any]]:
+        """The next bytes, as arrays that hold until the next is asked for."""
+        while size_bytes:
+            if not len(self._rest):
+                self._rest = next(self._pieces)
+            part, self._rest = self._rest[:size_bytes], self._rest[size_bytes:]
+            size_bytes -= len(part)
+            yield part
+
+    def finish(self) -> None:
+        """Goes on to the end, past what nobody wants, for the checks that are made there."""
+        for _ in self._pieces:
+            pass

@@ -14,6 +14,7 @@ import pickle  # only to subclass Unpickler below; nothing is loaded with pickle
 import struct
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,7 +23,7 @@ from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.direct_io import DirectFile
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from numpy import ndarray
 
 Shape = tuple[int, ...]
 DTYPES = {"FloatStorage": ("float32", 4), "BFloat16Storage": ("bfloat16", 2), "HalfStorage": ("float16", 2)}
@@ -40,21 +41,19 @@ class Payload:
     size_bytes: int
     crc32: int
 
-    def read(self, path: Path, archive_offset_bytes: int, into: Tensor, place: str) -> None:
-        """Reads the bytes into a contiguous tensor of this dtype and shape; ToolError unless the checksum is theirs.
+    def pieces(self, path: Path, archive_offset_bytes: int, place: str) -> Iterator[ndarray[Any, Any]]:
+        """The bytes, in order, as arrays that hold until the next is asked for.
 
-        `place` says in messages what is read.
+        Raises:
+            ToolError: at the end, if the checksum is not theirs. `place` says in the message what was read.
         """
-        import torch
         from isal import isal_zlib  # ten times as fast as zlib's
 
-        target = into.view(-1).view(torch.uint8).numpy()
-        checksum = filled = 0
+        checksum = 0
         with DirectFile(path, os.O_RDONLY) as file:
             for piece in file.pieces(archive_offset_bytes + self.offset_bytes, self.size_bytes):
                 checksum = isal_zlib.crc32(piece, checksum)
-                target[filled : filled + len(piece)] = piece
-                filled += len(piece)
+                yield piece
         if checksum != self.crc32:
             raise _damaged(place, self.entry)
 

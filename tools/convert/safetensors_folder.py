@@ -10,12 +10,13 @@ import hashlib
 import json
 import math
 import os
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.tools.cli import ToolError
-from megatron_hybrid.tools.convert.in_order import InOrder, workers
 from megatron_hybrid.tools.convert.output_folder import read_json
 from megatron_hybrid.tools.direct_io import DirectWriter
 from megatron_hybrid.tools.hf_mapping import Shape
@@ -135,52 +136,67 @@ def read_folder(folder: Path, follow_symlinks: bool = False) -> dict[str, Tensor
 
 
 class SafetensorsWriter:
-    """Writes one file, its tensors in any order, byte for byte as safetensors' save_file would.
+    """Writes one file byte for byte as safetensors' save_file would; several threads may write its tensors.
 
-    `hashes` has the SHA-256 of each tensor's bytes by name, once `close` has returned.
+    The file is made with the first tensor, and complete and on the disk with the last. `hashes` has the SHA-256 of
+    each that was written.
     """
 
     def __init__(self, path: Path, tensors: dict[str, tuple[str, Shape]]) -> None:
         """tensors: dtype and shape by name, all that the file will hold."""
         self.hashes: dict[str, str] = {}
         self._path = path
-        self._offsets: dict[str, tuple[int, int]] = {}
+        self._file: DirectWriter | None = None
+        self._lock = threading.Lock()
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         # Wide types first, so that every tensor is aligned.
         for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-ITEM_BYTES[item[1][0]], item[0])):
             start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-            self._offsets[name] = start, end
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        self._data_start = 8 + len(text)
-        self._threads = InOrder("write", 2 * workers(), workers())
-        self._file = DirectWriter(path, self._data_start + end)
-        self._file.write(0, len(text).to_bytes(8, "little") + text)
+        self._header = len(text).to_bytes(8, "little") + text
+        self._size_bytes = len(self._header) + end
+        self._places = {
+            name: (len(self._header) + header[name]["data_offsets"][0], math.prod(shape) * ITEM_BYTES[dtype])
+            for name, (dtype, shape) in tensors.items()
+        }
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes a contiguous tensor, which must not be changed afterwards, to its place."""
+        """Writes a contiguous tensor to its place."""
         import torch
 
-        start, end = self._offsets.pop(name)
-        content = tensor.reshape(-1).view(torch.uint8).numpy()
-        if content.nbytes != end - start:
-            raise ToolError(f"{name}: {content.nbytes} bytes where {end - start} were planned; this is a defect")
-        self._threads.submit(self._write, name, self._data_start + start, content)
+        self.write_pieces(name, [tensor.view(-1).view(torch.uint8).numpy()])
 
-    def _write(self, name: str, offset_bytes: int, content: ndarray[Any, Any]) -> None:
+    def write_pieces(self, name: str, pieces: Iterable[ndarray[Any, Any]]) -> None:
+        """Writes a tensor to its place whose bytes come in pieces, in order."""
+        offset_bytes, size_bytes = self._places[name]
+        file = self._opened()
+        content = file.range(offset_bytes, size_bytes)
         digest = hashlib.sha256()
-        self._file.write(offset_bytes, content, digest.update)
-        self.hashes[name] = digest.hexdigest()
+        for piece in pieces:
+            digest.update(piece)
+            content.write(piece)
+        if content.left:
+            raise ToolError(f"{name}: {content.left} bytes of {size_bytes} are missing; this is a defect")
+        with self._lock:
+            self.hashes[name] = digest.hexdigest()
+            complete = len(self.hashes) == len(self._places)
+        if complete:
+            file.finish()
+            self.close()
 
-    def close(self, complete: bool = True) -> None:
-        """Closes the file; with `complete`, once every planned tensor is on the disk."""
-        with self._file:
-            if not complete:
-                self._threads.stop()
-                return
-            self._threads.finish()
-            if self._offsets:
-                raise ToolError(f"{self._path}: {next(iter(self._offsets))} was not written; this is a defect")
-            self._file.finish()
+    def _opened(self) -> DirectWriter:
+        import numpy
+
+        with self._lock:
+            if self._file is None:
+                self._file = DirectWriter(self._path, self._size_bytes)
+                self._file.range(0, len(self._header)).write(numpy.frombuffer(self._header, numpy.uint8))
+            return self._file
+
+    def close(self) -> None:
+        """Closes the file as it is."""
+        if self._file is not None:
+            self._file.close()
