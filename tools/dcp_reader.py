@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from megatron_hybrid.tools.cli import ToolError
+from megatron_hybrid.tools.direct_io import fill
 from megatron_hybrid.tools.torch_archive import FileSlice, Payload, check_archive, first_line, plain_payload
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class TorchDistCheckpoint:
         stored = self.stored(name)
         whole = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
         if pieces := self.pieces(name):
-            _fill(whole, pieces)
+            fill(whole, pieces)
             return whole
         for chunk in stored.chunks:
             target = whole
@@ -260,7 +261,7 @@ class TorchDistCheckpoint:
         place = self._place(stored, chunk)
         if payload := self._payload(stored, chunk):
             tensor = torch.empty(chunk.sizes, dtype=getattr(torch, stored.dtype))
-            _fill(tensor, payload.pieces(self.folder / chunk.file, chunk.offset_bytes, place))
+            fill(tensor, payload.pieces(self.folder / chunk.file, chunk.offset_bytes, place))
             return tensor
         try:
             with open(self.folder / chunk.file, "rb") as handle:
@@ -281,17 +282,6 @@ class TorchDistCheckpoint:
                 f"but {METADATA_FILE} says {stored.dtype} {list(chunk.sizes)}"
             )
         return tensor.detach()
-
-
-def _fill(tensor: Tensor, pieces: Iterator[ndarray[Any, Any]]) -> None:
-    """Copies the bytes of a tensor into a contiguous one."""
-    import torch
-
-    content = tensor.view(-1).view(torch.uint8).numpy()
-    filled = 0
-    for piece in pieces:
-        content[filled : filled + len(piece)] = piece
-        filled += len(piece)
 
 
 def find_iteration(checkpoint: Path, iteration: int | None = None) -> Path:

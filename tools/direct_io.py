@@ -12,12 +12,13 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from numpy import ndarray
+    from torch import Tensor
 
 BLOCK_BYTES = max(4096, mmap.PAGESIZE)  # no disk has larger ones; multiples of it may be read and written
 PIECE_BYTES = 4 * 2**20  # of each call
@@ -93,20 +94,24 @@ class DirectFile:
 
 
 class DirectWriter:
-    """A new file of a size known before, whose ranges several threads write, in any order."""
+    """A new file whose ranges several threads write, in any order.
 
-    def __init__(self, path: Path, size_bytes: int) -> None:
-        self._file = DirectFile(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        self._size_bytes = size_bytes
+    Args:
+        path: of the file.
+        size_bytes: what it will have, if that is known: writes that make a file longer wait for each other.
+    """
+
+    def __init__(self, path: Path, size_bytes: int = 0) -> None:
+        self._file = DirectFile(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._edges: list[tuple[int, bytes]] = []  # parts of blocks
-        self._file.resize(size_bytes)  # or writes that make the file longer wait for each other
+        self._file.resize(size_bytes)
 
-    def range(self, offset_bytes: int, size_bytes: int) -> Range:
-        """Consecutive bytes of the file, for the calling thread to write before it begins another range."""
-        return Range(self._file, self._edges, offset_bytes, size_bytes)
+    def range(self, offset_bytes: int) -> Range:
+        """Consecutive bytes from here on, for the calling thread to write before it begins another range."""
+        return Range(self._file, self._edges, offset_bytes)
 
-    def finish(self) -> None:
-        """All is on the disk then, once every range was written."""
+    def finish(self, size_bytes: int) -> None:
+        """All is on the disk then, once every range was written, which are `size_bytes` together."""
         blocks: dict[int, bytearray] = {}
         for offset_bytes, part in self._edges:
             inside = offset_bytes % BLOCK_BYTES
@@ -116,7 +121,7 @@ class DirectWriter:
         for offset_bytes, block in blocks.items():
             piece[:] = memoryview(block)
             self._file.write(offset_bytes, piece)
-        self._file.resize(self._size_bytes)
+        self._file.resize(size_bytes)
         self._file.sync()
 
     def close(self) -> None:
@@ -125,10 +130,10 @@ class DirectWriter:
 
 
 class Range:
-    """Consecutive bytes of a DirectWriter's file, written from front to back; `left` of them are to come."""
+    """Consecutive bytes of a DirectWriter's file, written from front to back."""
 
-    def __init__(self, file: DirectFile, edges: list[tuple[int, bytes]], offset_bytes: int, size_bytes: int) -> None:
-        self.left = size_bytes
+    def __init__(self, file: DirectFile, edges: list[tuple[int, bytes]], offset_bytes: int) -> None:
+        self.size_bytes = 0  # that were written
         self._file, self._edges = file, edges
         self._buffer = _buffer("write")
         self._first = self._end = offset_bytes % BLOCK_BYTES  # what is filled of the buffer
@@ -136,36 +141,24 @@ class Range:
 
     def write(self, piece: ndarray[Any, Any]) -> None:
         """Takes the next bytes."""
+        self.size_bytes += len(piece)
         while len(piece):
             count = min(len(piece), len(self._buffer) - self._end)
             self._buffer[self._end : self._end + count] = piece[:count]
-            piece, self._end, self.left = piece[count:], self._end + count, self.left - count
-            if self._end == len(self._buffer) or not self.left:
-                self._flush()
+            piece, self._end = piece[count:], self._end + count
+            if self._end == len(self._buffer):
+                self.end()
 
-    def _flush(self) -> None:
-        """Writes the whole blocks in the buffer; parts of blocks wait for their neighbours."""
-        first, end = self._first, self._end
+    def end(self) -> None:
+        """Writes what has come; parts of blocks wait for their neighbours, until the file is finished."""
+        start, first, end = self._offset_bytes, self._first, self._end
+        self._offset_bytes, self._first, self._end = start + end, 0, 0
         blocks = min(end, BLOCK_BYTES) if first else 0
         blocks_end = max(blocks, end - end % BLOCK_BYTES)
-        self._file.write(self._offset_bytes + blocks, self._buffer[blocks:blocks_end])
-        for start, stop in ((first, blocks), (blocks_end, end)):
-            if start < stop:
-                self._edges.append((self._offset_bytes + start, self._buffer[start:stop].tobytes()))
-        self._offset_bytes += end
-        self._first = self._end = 0
-
-
-def _buffer(use: str) -> ndarray[Any, Any]:
-    """This thread's memory for pieces to "read" or "write", at the beginning of a page."""
-    import numpy
-
-    if not hasattr(_held, use):
-        memory = numpy.empty(PIECE_BYTES + BLOCK_BYTES, numpy.uint8)
-        start = -memory.ctypes.data % BLOCK_BYTES
-        setattr(_held, use, memory[start : start + PIECE_BYTES])
-    buffer: ndarray[Any, Any] = getattr(_held, use)
-    return buffer
+        self._file.write(start + blocks, self._buffer[blocks:blocks_end])
+        for part, part_end in ((first, blocks), (blocks_end, end)):
+            if part < part_end:
+                self._edges.append((start + part, self._buffer[part:part_end].tobytes()))
 
 
 class Stream:
@@ -187,3 +180,26 @@ class Stream:
         """Goes on to the end, past what nobody wants, for the checks that are made there."""
         for _ in self._pieces:
             pass
+
+
+def fill(tensor: Tensor, pieces: Iterable[ndarray[Any, Any]]) -> None:
+    """Copies the bytes of a tensor into a contiguous one."""
+    import torch
+
+    content = tensor.view(-1).view(torch.uint8).numpy()
+    filled = 0
+    for piece in pieces:
+        content[filled : filled + len(piece)] = piece
+        filled += len(piece)
+
+
+def _buffer(use: str) -> ndarray[Any, Any]:
+    """This thread's memory for pieces to "read" or "write", at the beginning of a page."""
+    import numpy
+
+    if not hasattr(_held, use):
+        memory = numpy.empty(PIECE_BYTES + BLOCK_BYTES, numpy.uint8)
+        start = -memory.ctypes.data % BLOCK_BYTES
+        setattr(_held, use, memory[start : start + PIECE_BYTES])
+    buffer: ndarray[Any, Any] = getattr(_held, use)
+    return buffer

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.convert.output_folder import read_json
-from megatron_hybrid.tools.direct_io import DirectWriter
+from megatron_hybrid.tools.direct_io import DirectFile, DirectWriter, fill
 from megatron_hybrid.tools.hf_mapping import Shape
 
 if TYPE_CHECKING:
@@ -84,16 +84,11 @@ def read_tensor(place: TensorPlace, into: Tensor | None = None) -> Tensor:
         raise ToolError(f"{place.file}: {place.name} is {place.dtype}, legal: {', '.join(DTYPE_NAMES)}")
     tensor = torch.empty(place.shape, dtype=getattr(torch, place.dtype)) if into is None else into
     if tensor.numel():
-        target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-        with open(place.file, "rb", buffering=0) as handle:
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads further ahead
-            handle.seek(place.offset_bytes)
-            filled = 0
-            while filled < place.size_bytes:
-                count = handle.readinto(target[filled:])
-                if not count:
-                    raise ToolError(f"{place.file}: ends inside {place.name}; it is truncated, copy it again")
-                filled += count
+        try:
+            with DirectFile(place.file, os.O_RDONLY) as file:
+                fill(tensor, file.pieces(place.offset_bytes, place.size_bytes))
+        except EOFError:
+            raise ToolError(f"{place.file}: ends inside {place.name}; it is truncated, copy it again") from None
     return tensor
 
 
@@ -173,18 +168,19 @@ class SafetensorsWriter:
         """Writes a tensor to its place whose bytes come in pieces, in order."""
         offset_bytes, size_bytes = self._places[name]
         file = self._opened()
-        content = file.range(offset_bytes, size_bytes)
+        content = file.range(offset_bytes)
         digest = hashlib.sha256()
         for piece in pieces:
             digest.update(piece)
             content.write(piece)
-        if content.left:
-            raise ToolError(f"{name}: {content.left} bytes of {size_bytes} are missing; this is a defect")
+        content.end()
+        if content.size_bytes != size_bytes:
+            raise ToolError(f"{name}: {content.size_bytes} bytes where {size_bytes} were planned; this is a defect")
         with self._lock:
             self.hashes[name] = digest.hexdigest()
             complete = len(self.hashes) == len(self._places)
         if complete:
-            file.finish()
+            file.finish(self._size_bytes)
             self.close()
 
     def _opened(self) -> DirectWriter:
@@ -193,7 +189,9 @@ class SafetensorsWriter:
         with self._lock:
             if self._file is None:
                 self._file = DirectWriter(self._path, self._size_bytes)
-                self._file.range(0, len(self._header)).write(numpy.frombuffer(self._header, numpy.uint8))
+                header = self._file.range(0)
+                header.write(numpy.frombuffer(self._header, numpy.uint8))
+                header.end()
             return self._file
 
     def close(self) -> None:
