@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # a rank that loads a part of a tensor reads whole chunks
-FILE_BYTES = 2**30  # a file goes to the disk while the next is written, so at the end little is left to wait for
+FILE_BYTES = 2**30  # so that there are files enough to be read and checked side by side
 
 
 class DcpWriter:
@@ -37,11 +37,11 @@ class DcpWriter:
         folder: an existing empty folder.
         chunk_bytes: rows of a tensor are stored in blocks of at most this size.
         file_bytes: a file is closed and the next begun once it is this large.
-        lanes: threads that write, each into files of its own; each holds up to five blocks.
+        lanes: threads that write, each into files of its own, a block at a time; half of them wait for the disk.
     """
 
     def __init__(
-        self, folder: Path, chunk_bytes: int = CHUNK_BYTES, file_bytes: int = FILE_BYTES, lanes: int = workers()
+        self, folder: Path, chunk_bytes: int = CHUNK_BYTES, file_bytes: int = FILE_BYTES, lanes: int = 2 * workers()
     ) -> None:
         self._folder, self._chunk_bytes = folder, chunk_bytes
         self._tensors: dict[str, Any] = {}
@@ -174,7 +174,7 @@ class _Lane:
         self.hashes: dict[str, dict[str, Any]] = {}
         self._folder, self._lane, self._file_bytes, self._files = folder, lane, file_bytes, 0
         self._file: _HashedFile | None = None
-        self._thread = InOrder(f"write{lane}", 4)
+        self._thread = InOrder(f"write{lane}", 1)
 
     def store(self, name: str, content: Tensor | io.BytesIO, offsets: Any, index: int | None) -> None:
         """Hands a chunk over; its place is known after `finish`."""
