@@ -34,11 +34,11 @@ Entry = Mapping[str, Launch]
 #: Where the search for an entry starts, and what the interpreter runs. Little shared memory: it fits K = V = 256.
 DEFAULTS: dict[str, Launch] = {
     "conv": Launch(4, 1, 64),
-    "diagonal": Launch(1, 1),
     "prepare": Launch(4, 1),
+    "prepare_again": Launch(4, 1),  # in the backward: no inverse
     "scan": Launch(4, 2, 64),
-    "scan_again": Launch(4, 2, 64),  # all pieces at once, from kept states
-    "output": Launch(4, 2, 64),
+    "scan_again": Launch(4, 2, 64),  # in the backward: states and new values too
+    "norm": Launch(4, 1, 16),
     "norm_backward": Launch(4, 1, 8),
     "adjoint_scan": Launch(4, 2, 64),
     "query_gradient": Launch(8, 1, 64, 128),
@@ -52,6 +52,8 @@ TABLE: dict[tuple[str, str, int, int], Entry] = {
     # NVIDIA H100, 2026-11-25
     ("sm_90", "3.6", 96, 192): DEFAULTS
     | {
+        "prepare": Launch(4, 1, 0, 168),
+        "prepare_again": Launch(8, 1, 0, 128),
         "scan": Launch(4, 4, 64),
         "scan_again": Launch(4, 3, 64),
         "norm_backward": Launch(2, 1, 4),

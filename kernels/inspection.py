@@ -25,10 +25,9 @@ from megatron_hybrid.kernels.configs import Launch, trial
 
 KERNELS = (
     "conv",
-    "diagonal",
     "prepare",
     "scan",
-    "output",
+    "norm",
     "norm_backward",
     "adjoint_scan",
     "query_gradient",

@@ -33,11 +33,12 @@ class DeltaRule(torch.autograd.Function):
         problem = make_problem(q, v, options, cu_seqlens)
         gates = Gates(a, b, A_log, dt_bias)
         made, solved = launch.prepare(problem, (q, k, v), gates, None)
-        states = launch.scan(problem, made, solved, initial=initial, want_states=False, want_final=want_final)
+        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        states = launch.scan(problem, made, solved, initial=initial, o=o, want_final=want_final)
         ctx.save_for_backward(q, k, v, *gates, *solved, states.kept, initial)
         ctx.problem = problem
         ctx.set_materialize_grads(False)
-        return states.o, states.final
+        return o, states.final
 
     @staticmethod
     @once_differentiable
@@ -46,7 +47,7 @@ class DeltaRule(torch.autograd.Function):
         problem: Problem = ctx.problem
         gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb)
         made, _ = launch.prepare(problem, (q, k, v), gates, None, solved)
-        states = launch.scan(problem, made, solved, initial=initial, kept=kept, want_o=False, is_again=True)
+        states = launch.scan(problem, made, solved, initial=initial, kept=kept, is_again=True)
         do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else with_unit_stride(do)
         dfinal = None if dfinal is None else dfinal.contiguous()
         adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal, want_dinitial=ctx.needs_input_grad[7])
@@ -75,12 +76,11 @@ class MixerCore(torch.autograd.Function):
         halo: Tensor | None, initial: Tensor | None, heads: tuple[int, int, int, int], options: Options,
         cu_seqlens: Tensor | None, want_final: bool, pass_states: PassStates | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        q, _, v, z = split_projection(qkvz, heads)
+        q, k, v, z = split_projection(qkvz, heads)
         problem = make_problem(q, v, options, cu_seqlens)
         a, b = ab.chunk(2, dim=-1)
         gates, conv = Gates(a, b, A_log, dt_bias), Conv(conv_weight, halo)
-        x = qkvz[..., : conv_weight.shape[0]]
-        made, solved = launch.prepare(problem, (x, x, x), gates, conv, with_scores=pass_states is None)
+        made, solved = launch.prepare(problem, (q, k, v), gates, conv, with_scores=pass_states is None)
         ctx.passed = None
         if pass_states is not None:
             M, S = launch.summary(problem, made, solved)
@@ -90,8 +90,10 @@ class MixerCore(torch.autograd.Function):
             with torch.enable_grad():
                 incoming = wait()
             ctx.passed, initial = (incoming, S), incoming.detach().contiguous()
-        states = launch.scan(problem, made, solved, initial=initial, want_o=False, want_final=want_final)
-        y = launch.output(problem, made, solved, states, z, norm_weight)
+        y = torch.empty_like(made.v)
+        o = launch.unnormed(y)
+        states = launch.scan(problem, made, solved, initial=initial, o=o, want_final=want_final)
+        launch.norm(problem, o, z, norm_weight, y)
         ctx.save_for_backward(qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, initial, *solved, states.kept)
         ctx.problem, ctx.heads = problem, heads
         ctx.set_materialize_grads(False)
@@ -102,19 +104,18 @@ class MixerCore(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, initial, G, beta, Tb, kept = ctx.saved_tensors
         problem: Problem = ctx.problem
-        z = split_projection(qkvz, ctx.heads)[3]
-        x = qkvz[..., : conv_weight.shape[0]]
+        q, k, v, z = split_projection(qkvz, ctx.heads)
         a, b = ab.chunk(2, dim=-1)
         gates, solved, conv = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb), Conv(conv_weight, halo)
-        made, _ = launch.prepare(problem, (x, x, x), gates, conv, solved)
-        states = launch.scan(problem, made, solved, initial=initial, kept=kept, is_again=True)
+        made, _ = launch.prepare(problem, (q, k, v), gates, conv, solved)
+        do = torch.empty_like(made.v)
+        o = launch.unnormed(do)
+        states = launch.scan(problem, made, solved, initial=initial, kept=kept, o=o, is_again=True)
         dqkvz = torch.empty(qkvz.shape, dtype=qkvz.dtype, device=qkvz.device)
         dab = torch.empty(ab.shape, dtype=ab.dtype, device=ab.device)
         dz = split_projection(dqkvz, ctx.heads)[3]
         dy = made.v.new_zeros(made.v.shape) if dy is None else with_unit_stride(dy)
-        do = states.o  # until its gradient takes its place
-        assert do is not None
-        dnorm = launch.norm_backward(problem, do, z, norm_weight, dy, dz)
+        dnorm = launch.norm_backward(problem, o, z, norm_weight, dy, do, dz)
         dfinal = None if dfinal is None else dfinal.contiguous()
         want_dinitial = ctx.needs_input_grad[7]
         if ctx.passed is not None:
@@ -124,7 +125,7 @@ class MixerCore(torch.autograd.Function):
             (dfinal,) = torch.autograd.grad(incoming, S, own)
         adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal, want_dinitial=want_dinitial)
         g = launch.gradients(problem, made, solved, states, adjoint, do, gates, *dab.chunk(2, dim=-1))
-        dx = dqkvz[..., : conv_weight.shape[0]]
+        x, dx = (y[..., : conv_weight.shape[0]] for y in (qkvz, dqkvz))
         dweight, dhalo = launch.conv_backward(problem, x, conv, g.dq, g.dk, adjoint.dr, dx)
         return (
             dqkvz, dab, dweight.to(conv_weight.dtype), g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype),
@@ -169,7 +170,7 @@ class Summary(torch.autograd.Function):
         gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb)
         widened, initial = Summary.widen(k, v, problem.layout.N // problem.B)
         made, _ = launch.prepare(problem, (k, k, widened), gates, None, solved)
-        states = launch.scan(problem, made, solved, initial=initial, want_o=False, is_again=True)
+        states = launch.scan(problem, made, solved, initial=initial, is_again=True)
         do = torch.zeros_like(widened)
         adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal.contiguous(), want_dinitial=False)
         da, db = torch.empty(2, *a.shape, dtype=a.dtype, device=a.device)

@@ -22,6 +22,7 @@ from megatron_hybrid.kernels.triton_tiles import (
     locate_chunk,
     sigmoid_fp32,
     softplus_fp32,
+    store_block,
     store_tile,
 )
 
@@ -53,62 +54,34 @@ def silu_conv_tile(
 
 @triton.jit(do_not_specialize=["T"])
 def conv_kernel(
-    x_in, weight, halo, q_out, k_out, v_out, rstd_q, rstd_k, bounds, chunk_doc, chunk_start, T, eps, x_sb, x_st,
-    Hk: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-    HALO: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
+    v_in, weight, halo, v_out, bounds, chunk_doc, chunk_start, T, v_sb, v_st,
+    H: tl.constexpr, V: tl.constexpr, FIRST: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    HALO: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Convolution and SiLU of one chunk of one q or k head, normalised, or of BV columns of v.
+    """Convolution and SiLU of one chunk of BV columns of v.
 
-    x_in [B, T, D], weight [W, D] and halo [N, D, W - 1] hold the D = 2 Hk K + H V channels of q, k and v.
+    v_in [B, T, H, V], weight [W, D] and halo [N, D, W - 1], where v's channels follow the FIRST ones of q and k.
     """
-    BLOCKS_V: tl.constexpr = (H * V + BV - 1) // BV
-    BLOCKS: tl.constexpr = 2 * Hk + BLOCKS_V
-    D: tl.constexpr = 2 * Hk * K + H * V
+    BLOCKS: tl.constexpr = (H * V + BV - 1) // BV
+    D: tl.constexpr = FIRST + H * V
     i_c = tl.program_id(0) // BLOCKS
-    block = tl.program_id(0) % BLOCKS
+    col = (tl.program_id(0) % BLOCKS) * BV
     n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
     if t0 >= length:
         return
     left = length - t0
-    row = b * T + bos + t0
-    past = halo + n.to(tl.int64) * D * (W - 1)
-    x = x_in + b * x_sb + (bos + t0) * x_st
-    if block >= 2 * Hk:
-        col = (block - 2 * Hk) * BV
-        channel = 2 * Hk * K + col
-        width = tl.minimum(H * V - col, BV)
-        v = silu_conv_tile(
-            x + channel, x_st, weight + channel, past + channel * (W - 1), t0, left, width, 0, C, BV, W, D, HALO
-        )
-        r = tl.arange(0, C)
-        c = tl.arange(0, BV)
-        mask = (r < left)[:, None] & (c < width)[None, :]
-        tl.store(
-            v_out + row * (H * V) + col + r[:, None] * (H * V) + c[None, :], v.to(v_out.dtype.element_ty), mask=mask
-        )
-    else:
-        channel = block * K
-        w = weight + channel
-        past += channel * (W - 1)
-        x0 = silu_conv_tile(x + channel, x_st, w, past, t0, left, K, 0, C, KA, W, D, HALO)
-        x1 = silu_conv_tile(x + channel, x_st, w, past, t0, left, K, KA, C, KB, W, D, HALO)
-        out, rstd, i_k = q_out, rstd_q, block
-        if block >= Hk:
-            out, rstd, i_k = k_out, rstd_k, block - Hk
-        if L2NORM:
-            scale = tl.rsqrt(tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1) + eps)
-            x0, x1 = x0 * scale[:, None], x1 * scale[:, None]
-            tl.store(rstd + (i_c.to(tl.int64) * Hk + i_k) * C + tl.arange(0, C), scale)
-        out += (row * Hk + i_k) * K
-        store_tile(out, x0, Hk * K, left, 0, C, KA, K)
-        store_tile(out, x1, Hk * K, left, KA, C, KB, K)
+    width = tl.minimum(H * V - col, BV)
+    channel = FIRST + col
+    past = halo + (n.to(tl.int64) * D + channel) * (W - 1)
+    x = v_in + b * v_sb + (bos + t0) * v_st + col
+    v = silu_conv_tile(x, v_st, weight + channel, past, t0, left, width, 0, C, BV, W, D, HALO)
+    store_block(v_out + (b * T + bos + t0) * (H * V), v, H * V, left, col, C, BV, H * V)
 
 
 @triton.jit
-def gate_and_strength(a, b, a_st, b_st, A_log, dt_bias, first, left, i_h, R: tl.constexpr, BETA_MAX: tl.constexpr):
-    """g and beta of R tokens from token `first` of a chunk; a and b point at the chunk's first token."""
-    r = first + tl.arange(0, R)
+def gate_and_strength(a, b, a_st, b_st, A_log, dt_bias, left, i_h, C: tl.constexpr, BETA_MAX: tl.constexpr):
+    """g and beta of C tokens; a and b point at the first."""
+    r = tl.arange(0, C)
     valid = r < left
     x = tl.load(a + r * a_st, mask=valid, other=0.0).to(tl.float32) + tl.load(dt_bias + i_h).to(tl.float32)
     y = tl.load(b + r * b_st, mask=valid, other=0.0).to(tl.float32)
@@ -121,99 +94,73 @@ def gate_and_strength(a, b, a_st, b_st, A_log, dt_bias, first, left, i_h, R: tl.
 
 
 @triton.jit
-def inverse_16(A):
-    """(I + A)^-1 for A [16, 16] strictly lower triangular, row by row in fp32."""
-    i = tl.arange(0, 16)
-    X = -A
-    for row in range(2, 16):
-        new = -tl.sum(tl.where(i[:, None] == row, A, 0.0), 0)
-        new += tl.sum(new[:, None] * X, 0)
-        X = tl.where(i[:, None] == row, new[None, :], X)
-    return X + tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+def inverse(M, NEAR: tl.constexpr, FAR: tl.constexpr):
+    """(I + M)^-1 for M [64, 64] strictly lower triangular, in fp32; NEAR and FAR: input_precision of the merges.
+
+    Forward substitution in the four 16 x 16 diagonal blocks at once, then merges into blocks of 32 and 64. A Neumann
+    series over the whole chunk would overflow for correlated keys with beta near 2. A warp of a 64 x 64 product holds
+    16 of its rows, one block: nothing of the substitution waits for another warp.
+    """
+    block, other = tl.arange(0, 4)[:, None, None, None], tl.arange(0, 4)[None, None, :, None]
+    A = tl.sum(tl.where(block == other, tl.reshape(M, [4, 16, 4, 16]), 0.0), 2)
+    i, j = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    X = tl.where(i == j, 1.0, tl.zeros([4, 16, 16], dtype=tl.float32))
+    for step in tl.static_range(15):  # row `step` is final: take it out of those below
+        column = tl.sum(tl.where(j == step, A, 0.0), 2)
+        row = tl.sum(tl.where(i == step, X, 0.0), 1)
+        X -= column[:, :, None] * row[:, None, :]
+    X = tl.reshape(tl.where(block == other, X[:, :, None, :], 0.0), [64, 64])
+    i, j = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    near = tl.where((i // 32 == j // 32) & (i // 16 > j // 16), M, 0.0)
+    X -= tl.dot(tl.dot(X, near, input_precision=NEAR), X, input_precision=NEAR)
+    far = tl.where(i // 32 > j // 32, M, 0.0)
+    return X - tl.dot(tl.dot(X, far, input_precision=FAR), X, input_precision=FAR)
 
 
 @triton.jit
-def normalised_rows(x, stride, left, eps, C: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, K: tl.constexpr):
-    """C rows of q or k over their norms, in fp32, and 1 / norms."""
-    x0 = load_tile(x, stride, left, 0, C, KA, K).to(tl.float32)
-    x1 = load_tile(x, stride, left, KA, C, KB, K).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1) + eps)
-    return x0 * rstd[:, None], x1 * rstd[:, None], rstd
-
-
-@triton.jit(do_not_specialize=["T"])
-def diagonal_kernel(
-    k_in, a_in, b_in, A_log, dt_bias, diagonal_out, bounds, chunk_doc, chunk_start, T, eps,
-    k_sb, k_st, k_sh, a_sb, a_st, b_sb, b_st,
-    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr,
-    L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+def normalised_rows(
+    x, stride, weight, halo, out, rstd_out, t0, left, writes, eps, i_c, i_k,
+    Hk: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    D: tl.constexpr, CONV: tl.constexpr, HALO: tl.constexpr,
 ):  # fmt: skip
-    """Inverse of one 32 x 32 diagonal block of I + N diag(beta), for one warp: nothing here waits for another warp.
-
-    Forward substitution in two 16 x 16 blocks, then their merge. A Neumann series over the whole chunk would overflow
-    for correlated keys with beta near 2. diagonal_out is [NC, H, 2, 32, 32] fp32.
-    """
-    half = tl.program_id(0) % 2
-    i_h = (tl.program_id(0) // 2) % H
-    i_c = tl.program_id(0) // (2 * H)
-    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
-    if t0 >= length:
-        return
-    left = length - t0 - half * 32
-    dtype = k_in.dtype.element_ty
-    token = bos + t0 + half * 32
-    a = a_in + b * a_sb + token * a_st + i_h
-    bb = b_in + b * b_sb + token * b_st + i_h
-    g0, beta0 = gate_and_strength(a, bb, a_st, b_st, A_log, dt_bias, 0, left, i_h, 16, BETA_MAX)
-    g1, beta1 = gate_and_strength(a, bb, a_st, b_st, A_log, dt_bias, 16, left, i_h, 16, BETA_MAX)
-    k = k_in + b * k_sb + token * k_st + (i_h // GROUP).to(tl.int64) * k_sh
-    if L2NORM:
-        u0, u1, _ = normalised_rows(k, k_st, left, eps, 16, KA, KB, K)
-        l0, l1, _ = normalised_rows(k + 16 * k_st, k_st, left - 16, eps, 16, KA, KB, K)
-        u0, u1, l0, l1 = u0.to(dtype), u1.to(dtype), l0.to(dtype), l1.to(dtype)
+    """C rows of q or k over their norms, with CONV after convolution and SiLU; `writes` stores them and 1 / norms."""
+    if CONV:
+        x0 = silu_conv_tile(x, stride, weight, halo, t0, left, K, 0, C, KA, W, D, HALO)
+        x1 = silu_conv_tile(x, stride, weight, halo, t0, left, K, KA, C, KB, W, D, HALO)
     else:
-        u0 = load_tile(k, k_st, left, 0, 16, KA, K)
-        u1 = load_tile(k, k_st, left, KA, 16, KB, K)
-        l0 = load_tile(k + 16 * k_st, k_st, left - 16, 0, 16, KA, K)
-        l1 = load_tile(k + 16 * k_st, k_st, left - 16, KA, 16, KB, K)
-    i = tl.arange(0, 16)
-    below = i[:, None] > i[None, :]
-    G0 = tl.cumsum(g0, 0)
-    G1 = tl.cumsum(g1, 0)
-    # Every exponent is of a sum of g <= 0 between two tokens; above the diagonal it is replaced before exp.
-    upper = tl.where(below, exp_fp32(tl.where(below, G0[:, None] - G0[None, :], 0.0)), 0.0)
-    lower = tl.where(below, exp_fp32(tl.where(below, G1[:, None] - G1[None, :], 0.0)), 0.0)
-    across = exp_fp32(G1[:, None] + (tl.sum(g0, 0) - G0)[None, :])
-    A00 = (tl.dot(u0, tl.trans(u0)) + tl.dot(u1, tl.trans(u1))) * upper * beta0[None, :]
-    A11 = (tl.dot(l0, tl.trans(l0)) + tl.dot(l1, tl.trans(l1))) * lower * beta1[None, :]
-    A10 = (tl.dot(l0, tl.trans(u0)) + tl.dot(l1, tl.trans(u1))) * across * beta0[None, :]
-    X00, X11 = inverse_16(A00), inverse_16(A11)
-    X10 = -tl.dot(X11, tl.dot(A10, X00, input_precision=PRECISION), input_precision=PRECISION)
-    out = diagonal_out + ((i_c.to(tl.int64) * H + i_h) * 2 + half) * 1024 + i[:, None] * 32 + i[None, :]
-    tl.store(out, X00)
-    tl.store(out + 16, tl.zeros([16, 16], dtype=tl.float32))
-    tl.store(out + 512, X10)
-    tl.store(out + 528, X11)
+        x0 = load_tile(x, stride, left, 0, C, KA, K).to(tl.float32)
+        x1 = load_tile(x, stride, left, KA, C, KB, K).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1) + eps)
+    x0 = (x0 * rstd[:, None]).to(out.dtype.element_ty)
+    x1 = (x1 * rstd[:, None]).to(out.dtype.element_ty)
+    rows = tl.where(writes, left, 0)
+    r = tl.arange(0, C)
+    tl.store(rstd_out + (i_c.to(tl.int64) * Hk + i_k) * C + r, rstd, mask=r < rows)
+    store_tile(out, x0, Hk * K, rows, 0, C, KA, K)
+    store_tile(out, x1, Hk * K, rows, KA, C, KB, K)
+    return x0, x1
 
 
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
-    q_in, k_in, a_in, b_in, A_log, dt_bias, diagonal_in,
+    q_in, k_in, weight, halo, a_in, b_in, A_log, dt_bias,
     q_out, k_out, scaled_out, rstd_q, rstd_k, G_out, beta_out, Tb_out, P_out,
     bounds, chunk_doc, chunk_start, T, scale, eps, q_sb, q_st, q_sh, k_sb, k_st, k_sh, a_sb, a_st, b_sb, b_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr,
-    L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, SOLVE: tl.constexpr, SCORES: tl.constexpr, SCALED: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    W: tl.constexpr, CONV: tl.constexpr, HALO: tl.constexpr, L2NORM: tl.constexpr, BETA_MAX: tl.constexpr,
+    SOLVE: tl.constexpr, SCORES: tl.constexpr, SCALED: tl.constexpr, PACKED: tl.constexpr,
+    NEAR: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk of one value head: SOLVE writes G, beta and Tb, SCORES P, SCALED scale exp(G) q.
 
-    L2NORM reads raw q and k where the projection left them, and writes them normalised as [B * T, Hk, K] rows.
+    L2NORM reads raw q and k where the projection left them, and writes them normalised as [B * T, Hk, K] rows; with
+    CONV they go through the convolution first: weight [W, D] and halo [N, D, W - 1] hold the channels of q, k and v.
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     i_k = i_h // GROUP
-    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
     if t0 >= length:
         return
     left = length - t0
@@ -224,18 +171,20 @@ def prepare_kernel(
     q = q_in + b * q_sb + (bos + t0) * q_st + i_k.to(tl.int64) * q_sh
     k = k_in + b * k_sb + (bos + t0) * k_st + i_k.to(tl.int64) * k_sh
     if L2NORM:
-        q0, q1, rq = normalised_rows(q, q_st, left, eps, C, KA, KB, K)
-        k0, k1, rk = normalised_rows(k, k_st, left, eps, C, KA, KB, K)
-        q0, q1, k0, k1 = q0.to(dtype), q1.to(dtype), k0.to(dtype), k1.to(dtype)
-        first = tl.where(i_h % GROUP == 0, left, 0)  # value heads that share a key head write it once
-        scalars = (i_c.to(tl.int64) * Hk + i_k) * C + r
-        tl.store(rstd_q + scalars, rq, mask=r < first)
-        tl.store(rstd_k + scalars, rk, mask=r < first)
+        D: tl.constexpr = 2 * Hk * K + H * V
+        writes = i_h % GROUP == 0  # value heads that share a key head write it once
+        past = halo + n.to(tl.int64) * D * (W - 1)
+        channel = i_k * K
         out = (row * Hk + i_k) * K
-        store_tile(q_out + out, q0, Hk * K, first, 0, C, KA, K)
-        store_tile(q_out + out, q1, Hk * K, first, KA, C, KB, K)
-        store_tile(k_out + out, k0, Hk * K, first, 0, C, KA, K)
-        store_tile(k_out + out, k1, Hk * K, first, KA, C, KB, K)
+        q0, q1 = normalised_rows(
+            q, q_st, weight + channel, past + channel * (W - 1), q_out + out, rstd_q, t0, left, writes, eps, i_c, i_k,
+            Hk, K, KA, KB, C, W, D, CONV, HALO,
+        )  # fmt: skip
+        channel += Hk * K
+        k0, k1 = normalised_rows(
+            k, k_st, weight + channel, past + channel * (W - 1), k_out + out, rstd_k, t0, left, writes, eps, i_c, i_k,
+            Hk, K, KA, KB, C, W, D, CONV, HALO,
+        )  # fmt: skip
     else:
         q0 = load_tile(q, q_st, left, 0, C, KA, K)
         q1 = load_tile(q, q_st, left, KA, C, KB, K)
@@ -245,7 +194,7 @@ def prepare_kernel(
     if SOLVE:
         a = a_in + b * a_sb + (bos + t0) * a_st + i_h
         bb = b_in + b * b_sb + (bos + t0) * b_st + i_h
-        g, beta = gate_and_strength(a, bb, a_st, b_st, A_log, dt_bias, 0, left, i_h, C, BETA_MAX)
+        g, beta = gate_and_strength(a, bb, a_st, b_st, A_log, dt_bias, left, i_h, C, BETA_MAX)
         G = tl.cumsum(g, 0)
         tl.store(G_out + chunk * C + r, G)
         tl.store(beta_out + chunk * C + r, beta)
@@ -264,8 +213,5 @@ def prepare_kernel(
         tl.store(P_out + square, (P * decay * scale).to(dtype))
     if SOLVE:
         M = (tl.dot(k0, tl.trans(k0)) + tl.dot(k1, tl.trans(k1))) * decay * beta[None, :]
-        M = tl.where(i // 32 > j // 32, M, 0.0)
-        blocks = diagonal_in + chunk * 2048 + i * 32 + j % 32
-        X = tl.load(blocks, mask=i // 32 == j // 32, other=0.0)
-        X -= tl.dot(tl.dot(X, M, input_precision=PRECISION), X, input_precision=PRECISION)
+        X = inverse(tl.where(i > j, M, 0.0), NEAR, FAR)
         tl.store(Tb_out + square, X.to(dtype))

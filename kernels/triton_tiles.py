@@ -135,7 +135,7 @@ def store_block(base, x, stride, rows_left, col, C: tl.constexpr, BC: tl.constex
 
 @triton.jit
 def store_columns(base, x, stride, rows_left, col, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr):
-    """store_block of the transpose: x is [BC, C]."""
+    """Stores the transpose of x [BC, C] where load_block reads."""
     r = tl.arange(0, C)
     c = col + tl.arange(0, BC)
     mask = (r < rows_left)[None, :]

@@ -3,6 +3,13 @@
 Each symbol is a whole decoder layer, mixer and MLP, so that layers map one to one to Hugging Face's. The released
 model mixes norm placements: GDN layers normalise before mixer and MLP, attention layers after them ("reordered").
 
+With Transformer Engine the MLP's pre-norm and fc1 are one module. Not so the mixers' norm and projection:
+- In a GDN layer a|b, outside FP8, reads the normalised input too. Transformer Engine (2.20) can return it, but then
+  runs the norm in bf16 and quantises its output afterwards, which is what two modules do. Under sequence parallelism
+  one gather could serve both projections, but a|b would keep the whole sequence for its backward pass on every rank.
+- In attention (`--norm-placement pre`) the norm's weight would come after others of its layer, and Megatron's optimizer
+  can store moments by place, without names: they would be loaded for other parameters, with nothing said.
+
     --spec megatron_hybrid.layer_specs.olmo_hybrid olmo_hybrid_stack_spec
 """
 
@@ -28,7 +35,7 @@ from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.modules.attention import OlmoAttention, SdpaAttention
 from megatron_hybrid.modules.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron_hybrid.modules.mlp import PaddedMLP
-from megatron_hybrid.modules.norms import RMSNorm, post_normed
+from megatron_hybrid.modules.norms import RMSNorm, post_normed, pre_normed
 
 Implementation = Literal["auto", "local", "transformer_engine"]
 
@@ -47,12 +54,13 @@ class OlmoHybridStack(HybridStack):
 
 @dataclass(frozen=True)
 class Backend:
-    """The building blocks a spec is made of."""
+    """The building blocks a spec is made of. normed_linear: a norm and a column-parallel linear in one."""
 
     column_linear: type
     row_linear: type
     norm: type
     core_attention: type
+    normed_linear: type | None = None
 
 
 def local_backend() -> Backend:
@@ -65,25 +73,34 @@ def transformer_engine_backend() -> Backend:
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TEDotProductAttention,
+        TELayerNormColumnParallelLinear,
         TENorm,
         TERowParallelLinear,
     )
 
-    return Backend(TEColumnParallelLinear, TERowParallelLinear, TENorm, TEDotProductAttention)
+    return Backend(
+        TEColumnParallelLinear, TERowParallelLinear, TENorm, TEDotProductAttention, TELayerNormColumnParallelLinear
+    )
+
+
+#: {start of a parameter's name in a fused module: in checkpoints, where it is that of two modules}
+FUSED_NORM_NAMES = {"mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
 
 
 def _layer(mixer: ModuleSpec, backend: Backend, row_linear: type, norm_first: bool) -> ModuleSpec:
     norm = backend.norm if norm_first else IdentityOp
-    mlp = MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=row_linear)
+    mlp_norm, fc1 = pre_normed(norm, backend.column_linear, backend.normed_linear if norm_first else None)
+    mlp = MLPSubmodules(linear_fc1=fc1, linear_fc2=row_linear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=mixer,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=mlp_norm,
             mlp=partial(PaddedMLP.as_mlp_submodule, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=FUSED_NORM_NAMES,
         ),
     )
 

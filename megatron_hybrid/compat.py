@@ -74,8 +74,8 @@ def backend_flags(flags: Sequence[str]) -> list[str]:
         forced += _CPU_FLAGS
     if not use_transformer_engine():
         forced += ["--transformer-impl=local", "--no-rope-fusion"]
-    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # built by NVIDIA's apex
-        forced.append("--no-gradient-accumulation-fusion")
+        if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # built by NVIDIA's apex
+            forced.append("--no-gradient-accumulation-fusion")
     given = {word.split("=")[0] for word in flags}
     return [flag for flag in dict.fromkeys(forced) if flag.split("=")[0] not in given]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_hybrid import fp8
 from megatron_hybrid.presets import NAMES, PRESETS, FlagValue
-from megatron_hybrid.tools.cli import ToolError
+from megatron_hybrid.tools.cli import ToolError, end_without_reader
 
 #: Flags of which Megatron takes one: giving another on the command line drops the preset's.
 ALTERNATIVES = (
@@ -31,6 +31,14 @@ _DATA_FLAGS = ("data-path", "train-data-path", "valid-data-path", "test-data-pat
 
 class FlagError(ValueError):
     """A flag that cannot work; the message is one line: flag, value, what is legal."""
+
+
+def print_report(text: str) -> None:
+    """Print what a command was asked for, and end quietly where nothing reads it to the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        end_without_reader()
 
 
 def compose(preset: str | None, command_line: Sequence[str], without: Sequence[str] = ()) -> list[str]:

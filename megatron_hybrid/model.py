@@ -23,6 +23,7 @@ from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
 from megatron_hybrid.modules.cross_entropy import chunked_token_losses, token_losses
 from megatron_hybrid.modules.init import use_olmo_init
 from megatron_hybrid.modules.recompute import allowing_norm_out
+from megatron_hybrid.modules.weight_gradient import stand_in_for_apex
 from megatron_hybrid.parallel.head_padding import (
     ALIGNMENT,
     Part,
@@ -148,6 +149,8 @@ def build_model(
             FP8 cannot take.
     """
     _check_interleaving(config, pattern)
+    if config.gradient_accumulation_fusion:
+        stand_in_for_apex()
     check_widths({**vars(config), **true_sizes(config).settings()})
     use_olmo_init(config)
     model = OlmoHybridModel(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_hybrid import compat, fp8
 from megatron_hybrid.checkpoint.discovery import EXIT_UNLOADABLE, Unloadable
 from megatron_hybrid.config import HybridConfig
-from megatron_hybrid.flags import FlagError, check, check_names, compose, wsds_ends
+from megatron_hybrid.flags import FlagError, check, check_names, compose, print_report, wsds_ends
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.plan import plan
 from megatron_hybrid.presets import NAMES
@@ -151,12 +151,12 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
             if planned and os.environ.get("RANK", "0") == "0":
                 print(planned, file=sys.stderr)
         if own.print_args:
-            print("\n".join(_one_flag_a_line(flags)))
+            print_report("\n".join(_one_flag_a_line(flags)))
             raise SystemExit(0)
         if own.dry_run:
             check_names(rest)
             check([*flags, "--mock-data"])
-            print(plan(flags, own.preset, rest, own.gpus))
+            print_report(plan(flags, own.preset, rest, own.gpus))
             raise SystemExit(0)
         if not own.help_all:
             check(flags)
@@ -222,7 +222,7 @@ def _print_all_flags() -> None:
     for action in parser._actions:
         if action.help:
             action.help = re.sub(r"%%|%(?!\(\w+\)[sdr])", "%%", action.help)
-    parser.print_help()
+    print_report(parser.format_help())
 
 
 def _one_flag_a_line(flags: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_hybrid.tools.cli import ToolError, run_cli
@@ -31,8 +32,8 @@ GRACE_S = 25
 PEAK_TFLOPS = 989.0
 
 
-def chosen(names: list[str], groups: list[str], small: bool) -> list[Case]:
-    """Cases by name and group; all where neither is given.
+def chosen(names: list[str], groups: list[str], without: list[str], rounds: int, small: bool) -> list[Case]:
+    """Cases by name and group, less those of `without`, in at most so many rounds; all where neither is given.
 
     Raises:
         ToolError: a name or group that no case has.
@@ -40,13 +41,18 @@ def chosen(names: list[str], groups: list[str], small: bool) -> list[Case]:
     every = tiny() if small else [*CASES, *WARM_UP]
     for flag, wanted, known in (
         ("--case", names, {case.name for case in every}),
+        ("--without", without, {case.name for case in every}),
         ("--group", groups, {case.group for case in every}),
     ):
         if unknown := [word for word in wanted if word not in known]:
             raise ToolError(f"{flag} {unknown[0]!r}: unknown; legal: {', '.join(map(repr, sorted(known)))}")
     if not groups:
         every = [case for case in every if case not in WARM_UP]
-    return [case for case in every if (not names or case.name in names) and (not groups or case.group in groups)]
+    return [
+        replace(case, rounds=min(case.rounds, rounds))
+        for case in every
+        if (not names or case.name in names) and (not groups or case.group in groups) and case.name not in without
+    ]
 
 
 def main() -> None:
@@ -55,13 +61,15 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=600, help="begin no case after so many seconds (600)")
     parser.add_argument("--group", action="append", default=[], help="only this group (repeatable)")
     parser.add_argument("--case", action="append", default=[], help="only cases of this name (repeatable)")
+    parser.add_argument("--without", action="append", default=[], help="no cases of this name (repeatable)")
+    parser.add_argument("--rounds", type=int, default=2, help="visits of a case at most (2)")
     parser.add_argument("--tokens", help="raw uint16 ids, for the cases on real text")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try this tool itself, on CPU too")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--worker", type=int, metavar="VISIT", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    cases = chosen(args.case, args.group, args.tiny)
+    cases = chosen(args.case, args.group, args.without, args.rounds, args.tiny)
     if args.list:
         for case in cases:
             print(f"{case.group} / {case.name}: --preset {case.preset} {' '.join(case.flags)}")
@@ -82,9 +90,11 @@ def supervise(cases: list[Case], args: argparse.Namespace, events: Path) -> None
     """Start workers until every visit has ended, and write the tables as visits end."""
     deadline, plan = time.time() + args.budget_s, visits(cases)
     command = [sys.executable, "-m", "megatron_hybrid.tools.bench_training", "--output", str(args.output)]
-    for flag, values in (("--group", args.group), ("--case", args.case)):
+    for flag, values in (("--group", args.group), ("--case", args.case), ("--without", args.without)):
         command += [word for value in values for word in (flag, value)]
-    command += ["--tiny"] * args.tiny + (["--tokens", args.tokens] if args.tokens else [])
+    command += (
+        ["--rounds", str(args.rounds)] + ["--tiny"] * args.tiny + (["--tokens", args.tokens] if args.tokens else [])
+    )
     shown = 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     while (first := _ended(events)) < len(plan) and time.time() < deadline + GRACE_S:

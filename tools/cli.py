@@ -1,5 +1,7 @@
 """What the command-line tools share: errors that are one line, and a progress bar that stays out of logs."""
 
+import os
+import select
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,12 +19,28 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     """Runs `main` and exits: 0 when it returns, 1 with one line on stderr for a fault, 130 for Ctrl-C."""
     try:
         main()
+        sys.stdout.flush()
     except (ToolError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            end_without_reader()
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted; nothing was left under the final names", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _reader_has_left() -> bool:
+    """Of stdout, and not of a pipe to another process."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in pipe.poll(0))
+
+
+def end_without_reader() -> NoReturn:
+    """For what `| head` has left: status 141, as of other programs, and no traceback."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+    sys.exit(141)
 
 
 def byte_progress_bar(label: str, total_bytes: int | None, show_rate: bool = True) -> "tqdm[Any]":

@@ -24,6 +24,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from megatron_hybrid import compat
+from megatron_hybrid.flags import print_report
 
 #: What the project was verified with together; setup.py pins the same.
 VERIFIED = {
@@ -301,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     ).parse_args(argv)
     rows = examine(os.environ)
-    print(table(rows))
+    print_report(table(rows))
     raise SystemExit(any(row.state == "RED" for row in rows))
 
 

@@ -263,6 +263,9 @@ def main() -> None:
         raise ToolError(
             f"--resumed-steps {args.resumed_steps}: must be 0 or more and below half of --steps {args.steps}"
         )
+    for path in (args.tokenizer_model, *(Path(f"{args.data_path}.{end}") for end in ("bin", "idx"))):
+        if not path.is_file():
+            raise ToolError(f"{path}: no such file; examples/gpu/prepare.sh makes --data-path and --tokenizer-model")
     if args.output.exists():
         raise ToolError(f"--output {args.output}: exists; name a new folder")
     variants = [known[0], *(name for name in known[1:] if not args.variant or name in args.variant)]

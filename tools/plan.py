@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_hybrid import flops
-from megatron_hybrid.flags import FlagError, check, check_names, compose
+from megatron_hybrid.flags import FlagError, check, check_names, compose, print_report
 from megatron_hybrid.fp8 import RECIPES, possible
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.planning import hardware, memory, search, traffic
@@ -151,9 +151,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         flags, _ = pipeline_layout.resolve(compose(own.preset, rest, own.without))
         check([*flags, "--mock-data"])  # data are not looked for
         if own.command == "check":
-            print(check_job(flags, own.gpu, own.gpus))
+            print_report(check_job(flags, own.gpu, own.gpus))
         else:
-            print(search_report(flags, own.gpu, own.gpus, own.costs, own.top))
+            print_report(search_report(flags, own.gpu, own.gpus, own.costs, own.top))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

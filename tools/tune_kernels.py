@@ -19,16 +19,25 @@ from typing import Any
 import torch
 import triton
 
-from megatron_hybrid.kernels.configs import DEFAULTS, TABLE, Launch, trial
+from megatron_hybrid.kernels.configs import DEFAULTS, TABLE, Launch, current_key, trial
 
 #: Tried for each kernel besides the default. Columns stay at 64 where a matrix product wants 64 rows.
 CANDIDATES = {
-    "conv": [Launch(4, 1, 128), Launch(2, 1, 64)],
-    "diagonal": [],
-    "prepare": [Launch(4, 1, 0, 96), Launch(8, 1)],
-    "scan": [Launch(4, 2, 64), Launch(4, 3, 64)],
-    "scan_again": [Launch(4, 1, 64), Launch(4, 2, 64)],
-    "output": [Launch(4, 1, 64), Launch(4, 3, 64)],
+    "conv": [Launch(4, 1, 128), Launch(2, 1, 64), Launch(8, 1, 128), Launch(8, 1, 64), Launch(4, 1, 64, 80)],
+    "prepare": [Launch(4, 1, 0, 168), Launch(4, 1, 0, 144), Launch(4, 1, 0, 128), Launch(8, 1, 0, 128), Launch(8, 1)],
+    "prepare_again": [Launch(8, 1, 0, 128), Launch(8, 1, 0, 96), Launch(8, 1), Launch(4, 1, 0, 168)],
+    "scan": [Launch(4, stages, 64) for stages in (1, 3, 4)] + [Launch(8, stages, 64) for stages in (2, 3, 4)],
+    "scan_again": [Launch(4, stages, 64) for stages in (1, 3)] + [Launch(8, stages, 64) for stages in (2, 3)],
+    "norm": [
+        Launch(1, 1, 4),
+        Launch(1, 1, 8),
+        Launch(2, 1, 8),
+        Launch(2, 1, 16),
+        Launch(4, 1, 8),
+        Launch(4, 1, 32),
+        Launch(8, 1, 32),
+        Launch(8, 1, 64),
+    ],
     "norm_backward": [Launch(4, 1, 16), Launch(4, 1, 4), Launch(2, 1, 4), Launch(8, 1, 16, 128)],
     "adjoint_scan": [Launch(4, 2, 64), Launch(4, 4, 64)],
     "query_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128)],
@@ -38,7 +47,7 @@ CANDIDATES = {
 
 
 def mixer(H: int, K: int, V: int, T: int, device: str) -> Callable[[], Any]:
-    """Forward and backward of one mixer core and one delta rule."""
+    """Forward and backward of one mixer core, no states kept, and of one delta rule with some."""
     from megatron_hybrid.kernels.triton_autograd import DeltaRule, MixerCore, Options
 
     D = 2 * H * K + H * V
@@ -50,13 +59,14 @@ def mixer(H: int, K: int, V: int, T: int, device: str) -> Callable[[], Any]:
 
     def run() -> None:
         x, gates = qkvz.detach().requires_grad_(), ab.detach().requires_grad_()
-        options = Options(K**-0.5, states_every=32)
+        options = Options(K**-0.5)
         y, _ = MixerCore.apply(
             x, gates, weight, A_log, dt_bias, norm, None, None, (H, H, K, V), options, None, False, None
         )  # fmt: skip
         torch.autograd.grad(y, [x, gates], dy)
         q, k, v = (part.unflatten(2, (H, -1)) for part in x[..., :D].split([H * K, H * K, H * V], dim=-1))
         a, b = gates.chunk(2, dim=-1)
+        options = Options(K**-0.5, states_every=32)
         o, _ = DeltaRule.apply(q, k, v, a, b, A_log, dt_bias, None, options, None, False)
         torch.autograd.grad(o, [x], dy)
 
@@ -173,12 +183,12 @@ class Child:
         return answer
 
 
-def tune(H: int, K: int, V: int, T: int) -> None:
-    """One kernel after the other, each with the best of those before it."""
-    best, child = dict(DEFAULTS), Child(H, K, V, T)
-    for kernel, candidates in CANDIDATES.items():
+def tune(H: int, K: int, V: int, T: int, kernels: list[str]) -> None:
+    """One kernel after the other, each with the best of those before it; from the table's entry, where there is one."""
+    best, child = dict(TABLE.get((*current_key(), K, V), DEFAULTS)), Child(H, K, V, T)
+    for kernel in kernels:
         timed = []
-        for candidate in [best[kernel], *candidates]:
+        for candidate in dict.fromkeys((best[kernel], DEFAULTS[kernel], *CANDIDATES[kernel])):
             times = child.ask(best | {kernel: candidate}, kernel)
             if isinstance(times, str):
                 print(f"{kernel:<14} {tuple(candidate)}  refused: {times}", flush=True)
@@ -193,9 +203,8 @@ def tune(H: int, K: int, V: int, T: int) -> None:
             print(f"{kernel:<14} {tuple(candidate)}  refused: {problem}", flush=True)
         else:
             raise SystemExit(f"no configuration of {kernel} passes: use the reference backend for K = {K}, V = {V}")
-    major, minor = torch.cuda.get_device_capability()
-    version = ".".join(triton.__version__.split(".")[:2])
-    print(f'("sm_{major}{minor}", "{version}", {K}, {V}): {{')
+    architecture, version = current_key()
+    print(f'("{architecture}", "{version}", {K}, {V}): {{')
     for kernel, launch in best.items():
         print(f'    "{kernel}": {launch},')
     print(f"}},  # {torch.cuda.get_device_name()}")
@@ -212,12 +221,13 @@ def main() -> None:
     parser.add_argument("--key-dim", type=int, default=96)
     parser.add_argument("--value-dim", type=int, default=192)
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--kernels", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="tune these alone")
     parser.add_argument("--targets", type=int, nargs="+", default=[90, 100], help="compute capabilities to report on")
     args = parser.parse_args()
     if args.report:
         report(args.heads, args.key_dim, args.value_dim, args.targets)
     elif torch.cuda.is_available():
-        tune(args.heads, args.key_dim, args.value_dim, args.tokens)
+        tune(args.heads, args.key_dim, args.value_dim, args.tokens, args.kernels)
     else:
         parser.error("no GPU here to tune for; --report needs none")
 

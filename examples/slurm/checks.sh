@@ -91,7 +91,10 @@ check_run() {
     (($(seconds_of "$TIME") > SIGNAL_SECONDS)) ||
         problem "SIGNAL_SECONDS=$SIGNAL_SECONDS: must be less than TIME=$TIME; nearest legal: $(($(seconds_of "$TIME") - 1))"
     ((SIGNAL_SECONDS <= 65535)) || problem "SIGNAL_SECONDS=$SIGNAL_SECONDS: Slurm takes at most 65535"
+    check_threads
     check_programs
+    [ ! -d "$TOKENIZER" ] || [ -r "$TOKENIZER/tokenizer.json" ] ||
+        problem "TOKENIZER=$TOKENIZER: holds no tokenizer.json; name the folder that does, or a tokenizer.model file"
     if [ "${#PREPROCESS[@]}" -gt 0 ]; then check_preprocess; return; fi
     [ -n "$RUN" ] || problem "RUN: missing; give it in the env file"
     [[ $RUN == "$RUNS"/* ]] || problem "RUN=$RUN: must be in RUNS=$RUNS"
@@ -100,7 +103,32 @@ check_run() {
     if [ "${#COMMAND[@]}" -gt 0 ]; then
         [ "$NODES" = 1 ] || problem "NODES=$NODES: COMMAND runs on one; nearest legal: 1"
         [ "${#FLAGS[@]}" -eq 0 ] || problem "FLAGS: for training; a run has COMMAND or FLAGS"
+        check_command
     else check_training; fi
+}
+
+# All processes of a node together have no more threads than the job has cores there.
+check_threads() {
+    local processes=1 share
+    ((${#COMMAND[@]} + ${#PREPROCESS[@]} > 0 || RANKS_PER_NODE == 0)) || processes=$RANKS_PER_NODE
+    share=$((CPUS_PER_TASK > processes ? CPUS_PER_TASK / processes : 1))
+    if [ "$OMP_THREADS" = 0 ]; then
+        OMP_THREADS=$((share < 8 ? share : 8))
+    elif ((OMP_THREADS > share)); then
+        problem "OMP_THREADS=$OMP_THREADS: $processes processes with so many threads have CPUS_PER_TASK=$CPUS_PER_TASK cores; nearest legal: $share"
+    fi
+}
+
+# What COMMAND reads is there, or is made before it.
+check_command() {
+    local word path each before=''
+    for word in "${COMMAND[@]}"; do
+        [ -n "$word" ] || problem "COMMAND: an empty word after $before: a setting that it names is not set"
+        before=$word path=${word#--*=}
+        if [[ $path != /* || -e $path ]] || is_promised "$path"; then continue; fi
+        for each in "${MAKES[@]}"; do [[ $path != "$each" && $path != "$each"/* ]] || continue 2; done
+        problem "COMMAND: $path: does not exist, no run of AFTER=(${AFTER[*]}) in this command makes it, and MAKES does not name it"
+    done
 }
 
 check_programs() {

@@ -4,17 +4,19 @@ Megatron's own cross entropy keeps no logsumexp, which the z-loss needs, and tak
 are 39 GB in fp32. Here backward computes softmax again from what forward was given: from logits, or, chunk by chunk,
 from the hidden states and the output layer's weight, so that no more than a chunk of logits ever exists.
 
-Letters: n tokens, D hidden, R vocabulary rows of this rank. All arithmetic on logits is in fp32.
+Letters: n tokens, D hidden, R vocabulary rows of this rank. All arithmetic on logits is in fp32: on a GPU in registers
+(kernels/triton_cross_entropy.py), elsewhere a few tokens at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-#: Logits of so many tokens are held in fp32 at a time: 0.4 GB for 100,352 rows.
+#: On CPU, logits of so many tokens are held in fp32 at a time: 0.4 GB for 100,352 rows.
 FP32_TOKENS = 1024
 
 
@@ -62,19 +64,14 @@ class _OfLogits(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup
     ) -> tuple[torch.Tensor, torch.Tensor]:
         local = _local_labels(labels, logits.shape[-1], group)
-        parts = [_partial(*part) for part in zip(logits.split(FP32_TOKENS), local.split(FP32_TOKENS), strict=True)]
-        losses, logsumexp = _combine(parts, group)
+        losses, logsumexp = _combine([_partial(logits, local)], group)
         ctx.save_for_backward(logits, local, logsumexp)
         return losses, logsumexp
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         logits, local, logsumexp = ctx.saved_tensors
-        grad = torch.empty_like(logits)
-        rows = (logits, local, logsumexp, *grads)
-        for out, *part in zip(*(x.split(FP32_TOKENS) for x in (grad, *rows)), strict=True):
-            out.copy_(_logits_gradient(*part))
-        return grad, None, None
+        return _logits_gradient(logits, local, logsumexp, *grads, out=torch.empty_like(logits)), None, None
 
 
 class _OfHidden(torch.autograd.Function):
@@ -103,7 +100,8 @@ class _OfHidden(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         rows = (hidden, local, logsumexp, *grads)
         for out, part, *others in zip(*(x.split(ctx.chunk_tokens) for x in (grad_hidden, *rows)), strict=True):
-            grad = _logits_gradient(_logits(part, weight, ctx.real_rows), *others).to(hidden.dtype)
+            logits = _logits(part, weight, ctx.real_rows)
+            grad = _logits_gradient(logits, *others, out=logits)
             torch.mm(grad, weight, out=out)
             grad_weight += grad.t() @ part
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
@@ -124,10 +122,22 @@ def _local_labels(labels: torch.Tensor, rows: int, group: dist.ProcessGroup) -> 
 
 
 def _partial(logits: torch.Tensor, local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's logsumexp [n], and the label's logit [n] where the label is here, else 0."""
-    logits_fp32 = logits.float()
-    picked = logits_fp32.gather(1, local.clamp(min=0)[:, None])[:, 0]
-    return logits_fp32.logsumexp(-1), torch.where(local >= 0, picked, 0.0)
+    """This rank's logsumexp [n], and the label's logit [n] where the label is here, else 0; both fp32."""
+    if logits.is_cuda:
+        from megatron_hybrid.kernels.triton_cross_entropy import logsumexp_and_picked
+
+        return logsumexp_and_picked(logits, local)
+    logsumexp, picked = torch.empty(2, len(local), dtype=torch.float32)
+    for total, label, part, column in _some_tokens(logsumexp, picked, logits, local):
+        fp32 = part.float()
+        total.copy_(fp32.logsumexp(-1))
+        label.copy_(fp32.gather(1, column.clamp(min=0)[:, None])[:, 0].where(column >= 0, 0.0))
+    return logsumexp, picked
+
+
+def _some_tokens(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Views of FP32_TOKENS tokens of each."""
+    return zip(*(tensor.split(FP32_TOKENS) for tensor in tensors), strict=True)
 
 
 def _combine(
@@ -150,8 +160,19 @@ def _logits_gradient(
     logsumexp: torch.Tensor,
     grad_losses: torch.Tensor,
     grad_logsumexp: torch.Tensor,
+    *,
+    out: torch.Tensor,
 ) -> torch.Tensor:
-    """[n, R] fp32: softmax · (both gradients), minus the loss's gradient at the label."""
-    grad = (logits.float() - logsumexp[:, None]).exp_()
-    grad *= (grad_losses + grad_logsumexp)[:, None]
-    return grad.scatter_add_(1, local.clamp(min=0)[:, None], torch.where(local >= 0, -grad_losses, 0.0)[:, None])
+    """`out` [n, R]: softmax · (both gradients), minus the loss's gradient at the label. It may be `logits`."""
+    rows = (logits, local, logsumexp, grad_losses, grad_logsumexp, out)
+    if logits.is_cuda:
+        from megatron_hybrid.kernels.triton_cross_entropy import logits_gradient
+
+        logits_gradient(*rows)
+        return out
+    for part, column, total, loss, lse, result in _some_tokens(*rows):
+        grad = (part.float() - total[:, None]).exp_()
+        grad *= (loss + lse)[:, None]
+        at_label = torch.where(column >= 0, -loss, 0.0)[:, None]
+        result.copy_(grad.scatter_add_(1, column.clamp(min=0)[:, None], at_label))
+    return out

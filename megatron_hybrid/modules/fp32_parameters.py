@@ -1,14 +1,17 @@
 """Parameters that stay in fp32 while Megatron casts the model to bf16, and Megatron's optimizers made right for them.
 
-Megatron-Core has no such parameters itself, and two of its optimizers pair them with the wrong state:
+Megatron-Core has no such parameters itself. Two of its optimizers pair them with the wrong state, and with gradients
+in bf16 the norm and the clipping of gradients read and write past their ends:
 
 - `DistributedOptimizer` remembers each parameter's place in its group, then builds the groups anew with the fp32
   parameters first. From then on master weights and moments of other parameters are saved and loaded in their stead:
   an error where shapes differ, silence where they do not.
 - `Float16OptimizerWithFloat16Params` numbers only the bf16 parameters when it saves.
+- With --main-grads-dtype bf16 the gradients of fp32 parameters stay fp32, and the fused kernels of norm and clipping
+  take every tensor for one of the first one's dtype: a wrong norm and a wrong update, or an illegal memory access.
 
-`support_in_optimizers` mends the first and refuses the second. Layers with fp32 parameters call it when they are
-built in a 16-bit model, so that no training script can forget it.
+`support_in_optimizers` mends the first and the third and refuses the second. Layers with fp32 parameters call it when
+they are built in a 16-bit model, so that no training script can forget it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
@@ -49,6 +53,7 @@ def support_in_optimizers() -> None:
     Float16OptimizerWithFloat16Params.sharded_state_dict = _refused_with_fp32(
         Float16OptimizerWithFloat16Params.sharded_state_dict
     )
+    clip_grads.multi_tensor_applier = one_dtype_at_a_time(clip_grads.multi_tensor_applier, clip_grads.l2_norm_impl)
 
 
 def _fp32_first(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,3 +79,22 @@ def _refused_with_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return sharded_state_dict
+
+
+def one_dtype_at_a_time(applier: Callable[..., Any], norm: Callable[..., Any]) -> Callable[..., Any]:
+    """`applier` of a fused operation to lists of tensors, called once for each combination of dtypes.
+
+    Args:
+        norm: the operation whose results, (norm [1], None) of each call, are put together; others return nothing.
+    """
+
+    def apply(op: Callable[..., Any], overflow: torch.Tensor, lists: list[list[torch.Tensor]], *args: Any) -> Any:
+        groups: dict[tuple[torch.dtype, ...], list[tuple[torch.Tensor, ...]]] = {}
+        for column in zip(*lists, strict=True):
+            groups.setdefault(tuple(tensor.dtype for tensor in column), []).append(column)
+        if len(groups) < 2:
+            return applier(op, overflow, lists, *args)
+        results = [applier(op, overflow, list(map(list, zip(*group, strict=True))), *args) for group in groups.values()]
+        return (torch.stack([result[0] for result in results]).norm(dim=0), None) if op is norm else None
+
+    return apply

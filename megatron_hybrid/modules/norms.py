@@ -7,6 +7,7 @@ All of them follow OLMo-2's order: to fp32, normalise, multiply by the weight in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -18,8 +19,10 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from megatron_hybrid.parallel.head_padding import Part, describe_split, true_sizes
 
@@ -68,6 +71,32 @@ def post_normed(linear: type, norm: type) -> type:
     return PostNormed
 
 
+def pre_normed(norm: type, linear: type, fused: type | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Builders of a pre-norm and of the linear that alone reads its output: of an identity and `fused`, where there is
+    one and `fuses_norms` allows it.
+
+    The norm's weight is `<linear>.layer_norm_weight` then; the layer's `sharded_state_dict_keys_map` has to give it the
+    norm's own name in checkpoints.
+    """
+    if fused is None:
+        return norm, linear
+
+    def build_norm(config: TransformerConfig, **kwargs: Any) -> Any:
+        return IdentityOp() if fuses_norms(config) else norm(config=config, **kwargs)
+
+    def build_linear(*sizes: int, config: TransformerConfig, **kwargs: Any) -> Any:
+        return (fused if fuses_norms(config) else linear)(*sizes, config=config, **kwargs)
+
+    return build_norm, build_linear
+
+
+def fuses_norms(config: TransformerConfig) -> bool:
+    """Not where Megatron computes the norm again by itself, which frees more, nor with an fp32 residual stream, which
+    Transformer Engine's fused module refuses as its input."""
+    recomputed = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
+    return not recomputed and not config.fp32_residual_connection
+
+
 class QKNorm(nn.Module):
     """RMSNorm of queries and keys before RoPE, over the full projection width (OLMo) or over each head.
 
@@ -108,6 +137,10 @@ class QKNorm(nn.Module):
         return normalise(query, key)
 
     def _over_full_width(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if query.is_cuda:
+            return FullWidthNorm.apply(
+                query, key, self.q_weight, self.k_weight, self.true_widths, self.eps, self.tp_group
+            )
         q_fp32, k_fp32 = query.float(), key.float()
         squares = torch.stack([x.square().sum(dim=(-2, -1)) for x in (q_fp32, k_fp32)], dim=-1)  # [s, b, 2]
         if self.tp_group.size() > 1:
@@ -144,6 +177,62 @@ class QKNorm(nn.Module):
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
+
+
+class FullWidthNorm(torch.autograd.Function):
+    """`QKNorm` over the full width with the kernels of kernels/triton_norm.py: what PyTorch does in twelve passes.
+
+    Every rank's output depends on every rank's squares, so the sums of squares forward, and of dy w x backward, of
+    both q and k are added up over the ranks in one all-reduce.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        widths: tuple[int, int],
+        eps: float,
+        group: torch.distributed.ProcessGroup,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from megatron_hybrid.kernels.triton_norm import norm
+
+        squares = torch.empty(2, query.shape[0] * query.shape[1], dtype=torch.float32, device=query.device)
+        columns = zip((query, key), (q_weight, k_weight), squares, widths, strict=True)
+        rows: list[dict[str, Any]] = [
+            {"x": x, "weight": weight, "squares": total, "width": width, "eps": eps}
+            for x, weight, total, width in columns
+        ]
+        if group.size() > 1:
+            for row in rows:
+                norm(**row, stage="sums")
+            torch.distributed.all_reduce(squares, group=group)
+        (q, q_rstd), (k, k_rstd) = (norm(**row, stage="apply" if group.size() > 1 else "whole") for row in rows)
+        ctx.save_for_backward(query, key, q_weight, k_weight, q_rstd, k_rstd)
+        ctx.widths, ctx.group = widths, group
+        return q, k
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        from megatron_hybrid.kernels.triton_norm import norm_gradient
+
+        saved = ctx.saved_tensors
+        dots = torch.empty(2, *saved[4].shape, dtype=torch.float32, device=saved[4].device)
+        columns = zip(saved[:2], saved[2:4], saved[4:], grads, dots, ctx.widths, strict=True)
+        rows: list[dict[str, Any]] = [
+            {"x": x, "weight": weight, "rstd": rstd, "dy": dy, "dots": total, "width": width}
+            for x, weight, rstd, dy, total, width in columns
+        ]
+        if ctx.group.size() > 1:
+            dweights = tuple(norm_gradient(**row, stage="sums")[1] for row in rows)
+            torch.distributed.all_reduce(dots, group=ctx.group)
+            inputs = tuple(norm_gradient(**row, stage="apply")[0] for row in rows)
+        else:
+            inputs, dweights = zip(*(norm_gradient(**row, stage="whole") for row in rows), strict=True)
+        return *inputs, *(dw.to(w.dtype) for dw, w in zip(dweights, saved[2:4], strict=True)), None, None, None
 
 
 def shared_by_heads(weight: torch.Tensor, tp_group: torch.distributed.ProcessGroup) -> torch.Tensor:

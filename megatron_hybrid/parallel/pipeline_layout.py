@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hybrid import flops
-from megatron_hybrid.flags import FlagError, compose
+from megatron_hybrid.flags import FlagError, compose, print_report
 from megatron_hybrid.parallel.pipeline_schedule import Playback, play
 from megatron_hybrid.parallel.pipeline_search import Row, best_cuts
 
@@ -70,8 +70,10 @@ class Costs:
         """
         try:
             measured = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise FlagError(f"--costs {path}: {error}") from None
+        except OSError as error:
+            raise FlagError(f"--costs {path}: {error.strerror}; name a JSON file of measured ms") from None
+        except ValueError as error:
+            raise FlagError(f"--costs {path}: no JSON ({error})") from None
         names = [
             "*window" if symbol == "*" and sizes.windowed(number) else symbol
             for number, symbol in enumerate(pattern, start=1)
@@ -351,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except FlagError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(report(planned, own.microbatches))
+    print_report(report(planned, own.microbatches))
 
 
 if __name__ == "__main__":

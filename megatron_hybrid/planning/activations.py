@@ -39,7 +39,9 @@ def kept(job: Job, symbol: str) -> Kept:
         return {"layer input": stream(job) / job.recompute_layers}
     dropped = {name for module in job.recompute for name in RECOMPUTED.get(module, ())}
     found = {name: size for name, size in layer(job, symbol).items() if name not in dropped}
-    if "mlp" in job.recompute and job.fp8:  # the checkpoint keeps the MLP's input in bf16
+    if "mlp" in job.recompute and "norm output" in found and not job.local:  # the MLP's norm is inside it
+        found["norm output"] /= 2
+    elif "mlp" in job.recompute and job.fp8:  # the checkpoint keeps the MLP's input in bf16
         found["fc1 input"] = found.get("fc1 input", 0.0) + stream(job) / 2
     return found
 

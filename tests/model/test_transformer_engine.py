@@ -13,10 +13,18 @@ from unittest.mock import patch
 import pytest
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.optimizer import OptimizerConfig, _get_param_groups, get_standard_config_overrides
+from megatron.core.transformer import TransformerConfig
 
 from megatron_hybrid.checkpoint import extra_state
-from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
-from megatron_hybrid.model import build_model
+from megatron_hybrid.config import HybridConfig
+from megatron_hybrid.fp8 import Fp8Error
+from megatron_hybrid.layer_specs.olmo_hybrid import FUSED_NORM_NAMES, build_stack_spec
+from megatron_hybrid.model import build_model, count_parameters
+from megatron_hybrid.presets import PRESETS
+from megatron_hybrid.training import weight_decay
 from tests.parallel import tiny
 from tests.parallel.ranks import run_ranks
 
@@ -24,49 +32,151 @@ HAS_TE = importlib.util.find_spec("transformer_engine") is not None
 needs_te = pytest.mark.skipif(not HAS_TE, reason="Transformer Engine is not installed here")
 
 
-def _build(implementation: str, tp: int = 1, **overrides: Any) -> torch.nn.Module:
+def unfused(name: str) -> str:
+    """A parameter's name where its norm is a module of its own."""
+    for fused, own in FUSED_NORM_NAMES.items():
+        name = name.replace(fused, own)
+    return name
+
+
+def _build(implementation: str, tp: int = 1, options: HybridConfig | None = None, **overrides: Any) -> torch.nn.Module:
     """A model on CPU. Transformer Engine's modules ask for a GPU when they are made, and use none before they run."""
+    torch.manual_seed(1)
     with patch("torch.cuda.is_available", return_value=True):
         return build_model(
-            tiny.make_config(tiny.Layout(tp=tp), **overrides),
+            tiny.make_config(tiny.Layout(tp=tp, sp=tp > 1), **overrides),
             pattern=tiny.PATTERN,
             padded_vocab_size=tiny.PADDED_VOCAB,
             max_sequence_length=tiny.SEQUENCE,
-            stack_spec=build_stack_spec(implementation=implementation),  # type: ignore[arg-type]
+            stack_spec=build_stack_spec(options, implementation),  # type: ignore[arg-type]
         )
 
 
 def _keys(model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
-    """{checkpoint key: (global shape, this rank's offset)} without extra states."""
+    """{checkpoint key and this rank's offset: (global shape, local shape)} without extra states."""
     state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-
     apply_factories(state)
     tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
     return {f"{t.key}{t.global_offset}": (t.global_shape, t.local_shape) for t in tensors}
 
 
-def _same_keys(rank: int) -> dict[str, Any]:
+def _shapes(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """Under the names of local modules, in the order in which Megatron's optimizer lays parameters out and stores
+    their moments."""
+    return [(unfused(name), tuple(param.shape)) for name, param in model.named_parameters()]
+
+
+def _fused(model: torch.nn.Module) -> set[str]:
+    """Which linears of which layers hold their norm."""
+    end = ".layer_norm_weight"
+    return {
+        f"{layer}.{name.removesuffix(end)}"
+        for layer, module in enumerate(model.decoder.layers)
+        for name, _ in module.named_parameters()
+        if name.endswith(end)
+    }
+
+
+FP8 = {"fp8": "e4m3", "fp8_recipe": "mxfp8", "bf16": True, "params_dtype": torch.bfloat16}
+
+
+def _config_7b(tp: int, **more: Any) -> TransformerConfig:
+    """Of modules that are made on the meta device, Megatron's own in `torch.cuda.current_device()`."""
+    flags = PRESETS["olmo-hybrid-7b"]
+    sizes = {name: flags[name.replace("_", "-")] for name in tiny.SIZES if name.replace("_", "-") in flags}
+    layout = tiny.Layout(tp=tp, sp=tp > 1, pattern=str(flags["hybrid-layer-pattern"]))
+    on_meta = {"use_cpu_initialization": False, "init_model_with_meta_device": True}
+    return tiny.make_config(layout, **sizes, **on_meta, **more)
+
+
+def _build_7b(implementation: str, config: TransformerConfig) -> torch.nn.Module:
+    meta = torch.device("meta")
+    with (
+        meta,
+        patch("torch.cuda.current_device", return_value=meta),
+        patch("torch.cuda.is_available", return_value=True),
+    ):
+        return build_model(
+            config,
+            pattern=str(PRESETS["olmo-hybrid-7b"]["hybrid-layer-pattern"]),
+            padded_vocab_size=100352,
+            max_sequence_length=8192,
+            stack_spec=build_stack_spec(implementation=implementation),  # type: ignore[arg-type]
+        )
+
+
+def _described_7b(rank: int) -> dict[int, dict[str, Any]]:
     found = {}
-    for tp in (1, 2):
+    for tp in (1, 4):
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
-        models = {name: _build(name, tp) for name in ("local", "transformer_engine")}
+        models = {
+            "local": _build_7b("local", _config_7b(tp)),
+            "te": _build_7b("transformer_engine", _config_7b(tp)),
+            "te fp8": _build_7b("transformer_engine", _config_7b(tp, **FP8)),
+        }
+        assert all(param.is_meta for model in models.values() for param in model.parameters())
         found[tp] = {name: (_keys(model), _shapes(model)) for name, model in models.items()}
+        found[tp]["fused"] = _fused(models["te fp8"])
+        found[tp]["count"] = count_parameters([models["te"]])
+    with pytest.raises(Fp8Error, match=r"--tensor-model-parallel-size 6: .*multiple of 32; nearest legal: 5"):
+        _build_7b("transformer_engine", _config_7b(6, **FP8))
     return found
 
 
-def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(param.shape) for name, param in model.named_parameters()}
+@needs_te
+def test_the_7b_has_the_names_shapes_and_checkpoint_keys_of_local_modules() -> None:
+    """On four ranks its 30 heads are padded to 32."""
+    for found in run_ranks(_described_7b, 4):
+        for models in found.values():
+            assert models["te"] == models["te fp8"] == models["local"]
+            assert models["fused"] == {f"{layer}.mlp.linear_fc1" for layer in range(32) if layer % 4 != 3}
+        assert found[1]["count"] == 7_430_870_688
+
+
+def _summed(model: torch.nn.Module) -> set[str]:
+    """Parameters whose gradients Megatron adds up over tensor-parallel ranks."""
+    return {unfused(name) for name, param in model.named_parameters() if getattr(param, "sequence_parallel", False)}
+
+
+def _decaying(model: torch.nn.Module) -> dict[str, set[str]]:
+    """{--weight-decay-on: parameters}"""
+    config, found = OptimizerConfig(optimizer="adam", lr=1.0), {}
+    names = {id(param): unfused(name) for name, param in model.named_parameters()}
+    for scope in ("all_but_embedding", "matrices"):
+        overrides = weight_decay.overrides(get_standard_config_overrides(config), config, scope)  # type: ignore[arg-type]
+        groups = _get_param_groups([model], config, overrides)
+        found[scope] = {names[id(param)] for group in groups if group["wd_mult"] for param in group["params"]}
+    return found
+
+
+def _placements(rank: int) -> dict[str, Any]:
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    found = {}
+    for placement in ("released", "pre", "post"):
+        options = HybridConfig(norm_placement=placement)  # type: ignore[arg-type]
+        te, local = (_build(name, 2, options) for name in ("transformer_engine", "local"))
+        assert (_keys(te), _shapes(te), _summed(te)) == (_keys(local), _shapes(local), _summed(local)), placement
+        assert len(_summed(te)) == 2 * len(tiny.PATTERN) + 1
+        assert _decaying(te) == _decaying(local) and len(_decaying(te)["all_but_embedding"]) == len(_shapes(te)) - 1
+        start = {unfused(parameter): value for parameter, value in te.named_parameters()}
+        assert all(torch.equal(start[parameter], value) for parameter, value in local.named_parameters())
+        found[placement] = _fused(te)
+    again = {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]}
+    for name, override in {"recomputed": again, "fp32 stream": {"fp32_residual_connection": True}}.items():
+        found[name] = _fused(_build("transformer_engine", 2, **override))
+    return found
 
 
 @needs_te
-def test_names_shapes_and_checkpoint_keys_are_those_of_local_modules() -> None:
-    for found in run_ranks(_same_keys, 2):
-        for models in found.values():
-            assert models["transformer_engine"] == models["local"]
+def test_which_linears_hold_their_norm() -> None:
+    found, other = run_ranks(_placements, 2)
+    assert found == other
+    mlps = [f"{layer}.mlp.linear_fc1" for layer in range(4)]
+    assert found["released"] == {*mlps[:3]} and found["pre"] == {*mlps}
+    assert found["post"] == found["recomputed"] == found["fp32 stream"] == set()
 
 
 def _load(model: torch.nn.Module, folder: Path) -> list[str]:
@@ -88,7 +198,7 @@ def _there_and_back(rank: int, folder: str) -> dict[str, Any]:
         (Path(folder) / name).mkdir()
         dist_checkpointing.save(model.sharded_state_dict(metadata={"non_homogeneous_layers": True}), f"{folder}/{name}")
     said_back = _load(back, Path(folder) / "te")
-    weights = [dict(model.named_parameters()) for model in (local, other, back)]
+    weights = [{unfused(n): w for n, w in model.named_parameters()} for model in (local, other, back)]
     equal = all(torch.equal(weights[0][n], w[n].cpu()) for w in weights[1:] for n in weights[0])
     return {"equal": equal, "said": said, "said_back": said_back}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from megatron_hybrid.tools.dcp_reader import TorchDistCheckpoint
 from megatron_hybrid.tools.hf_mapping import ModelConfig, config_from_sidecar, hf_tensor_shapes
 from megatron_hybrid.tools.indexed_dataset import IndexedDatasetWriter
 from megatron_hybrid.tools.plot_run import read_series
+from tests.model.test_transformer_engine import needs_te
 from tests.parallel.ranks import run_ranks
 from tests.test_pretrain import VOCAB, _train
 from tests.test_pretrain import _arguments as _arguments_of_a_run
@@ -50,7 +52,12 @@ def write_hf(config: ModelConfig, folder: Path, dtype: torch.dtype) -> dict[str,
     return tensors
 
 
-def _load_and_save(rank: int, arguments: list[str], take_out: Callable[[], None]) -> int:
+def _load_and_save(
+    rank: int,
+    arguments: list[str],
+    take_out: Callable[[], None],
+    provide: Callable[..., Any] = pretrain.provide_model,
+) -> int:
     """What the trainer does with a checkpoint, by the trainer's functions; the iteration it starts at."""
     take_out()
     args = pretrain.prepare(arguments)
@@ -59,7 +66,7 @@ def _load_and_save(rank: int, arguments: list[str], take_out: Callable[[], None]
     from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 
     training.initialize_megatron()
-    model = training.get_model(pretrain.provide_model, wrap_with_ddp=False)
+    model = training.get_model(provide, wrap_with_ddp=False)
     iteration, _ = load_checkpoint(model, None, None)
     args.no_save_optim = args.no_save_rng = True
     save_checkpoint(1, model, None, None, 0)
@@ -122,6 +129,34 @@ def test_round_trip_through_megatron_is_bit_equal(layout: str, imported: Any, tm
     if bf16:
         export(ExportOptions(tmp_path / "saved", tmp_path / "release", match_release=True))
         _assert_equal(load_file(tmp_path / "release" / "model.safetensors"), tensors, islands=torch.bfloat16)
+
+
+def _provide_te_model(*stage: Any, **options: Any) -> Any:
+    """Transformer Engine's modules ask for a GPU when they are made; to be loaded and saved they need none."""
+    with patch("torch.cuda.is_available", return_value=True):
+        model = pretrain.provide_model(*stage, **options)
+    assert "mlp.linear_fc1.layer_norm_weight" in dict(model.decoder.layers[0].named_parameters())
+    return model
+
+
+@needs_te
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_import_to_transformer_engine_to_local_modules_and_back_is_bit_equal(
+    bf16: bool, imported: Any, tmp_path: Path
+) -> None:
+    """Each loads what the one before has saved; heads are padded, split and whole."""
+    tensors, folder = imported(HYBRID, bf16)
+    te = ["--transformer-impl", "transformer_engine"]
+    for name, ranks, provide, more in (
+        ("te-padded", 4, _provide_te_model, [*te, *TP4]),
+        ("local", 1, pretrain.provide_model, []),
+        ("te", 1, _provide_te_model, te),
+    ):
+        arguments = _arguments(HYBRID, folder, tmp_path / name, bf16, *more)
+        run_ranks(_load_and_save, ranks, arguments, _as_it_is, provide)
+        folder = tmp_path / name
+        export(ExportOptions(folder, tmp_path / f"{name}-hf"))
+        _assert_equal(load_file(tmp_path / f"{name}-hf" / "model.safetensors"), tensors, islands=torch.float32)
 
 
 def _assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], islands: torch.dtype) -> None:

@@ -64,8 +64,8 @@ def _split(rank: int, layout: Layout, folder: Path, chunk_tokens: int, broken: s
         cross_entropy._combine = lambda parts, group: (original(parts, group)[0], torch.cat([p[0] for p in parts]))
     elif broken == "z-loss without its gradient":
         original_gradient = cross_entropy._logits_gradient
-        cross_entropy._logits_gradient = lambda logits, local, lse, losses, z: original_gradient(
-            logits, local, lse, losses, torch.zeros_like(z)
+        cross_entropy._logits_gradient = lambda logits, local, lse, losses, z, out: original_gradient(
+            logits, local, lse, losses, torch.zeros_like(z), out=out
         )
     chunks = tiny.build(layout)
     tiny.load_weights(chunks, folder)

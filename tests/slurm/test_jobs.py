@@ -85,12 +85,17 @@ def jobs(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     average += '"$RUNS/two/checkpoints" --output "$RUNS/soup/checkpoints" --without-optimizer)'
     export = '(python -m megatron_hybrid.tools.convert export --checkpoint "$RUNS/soup/checkpoints" --output '
     export += '"$RUNS/convert/huggingface")'
+    soup, hf = ({"MAKES": f'("$RUNS/{path}")'} for path in ("soup/checkpoints", "convert/huggingface"))
     chain = [
         training(folder, "pretrain", 4, 10, NODES="2", SPARE_NODES="1", PRECHECK_HOOK=str(second), EXCLUDE_HOURS="0"),
         training(folder, "one", 2, 10, **after, PRECHECK_HOOK=str(hook)),
         training(folder, "two", 40, 4, **after),
-        write_env(folder / "soup.env", ["NAME=soup", "RUN=$RUNS/soup", "AFTER=(one two)"], {"COMMAND": average}),
-        write_env(folder / "convert.env", ["NAME=convert", "RUN=$RUNS/convert", "AFTER=(soup)"], {"COMMAND": export}),
+        write_env(
+            folder / "soup.env", ["NAME=soup", "RUN=$RUNS/soup", "AFTER=(one two)"], {"COMMAND": average, **soup}
+        ),
+        write_env(
+            folder / "convert.env", ["NAME=convert", "RUN=$RUNS/convert", "AFTER=(soup)"], {"COMMAND": export, **hf}
+        ),
     ]
     chain[1].write_text(chain[1].read_text() + "PASS_ENV=(HF_TOKEN)\n")
     periods = "--wsds-periods 2 --lr-decay-style WSD --lr-wsd-decay-iters 1"

@@ -71,6 +71,7 @@ def test_env_files_pass_and_their_flags_are_megatrons(
     steps = [words for words in _commands(done.stdout, "srun") if "megatron_hybrid.pretrain" in words]
     assert len(steps) == 13
     assert not [word for words in steps for word in words if word.startswith("NCCL_")]
+    assert all("OMP_NUM_THREADS=8" in words for words in steps)
     monkeypatch.setenv("RANK", "0")
     for words in steps:
         ranks = [int(word.split("=")[1]) for word in words if re.match("--(nnodes|nproc-per-node)=", word)]
@@ -102,6 +103,8 @@ REFUSED = [
     (["RUN=/elsewhere"], "RUN=/elsewhere: must be in RUNS="),
     (["RUNS=/no/such/folder"], "RUNS=/no/such/folder: does not exist"),
     (["TOKENIZER=/no/tokenizer"], "TOKENIZER=/no/tokenizer: does not exist"),
+    (["TOKENIZER=/usr"], "TOKENIZER=/usr: holds no tokenizer.json"),
+    (["OMP_THREADS=13"], "OMP_THREADS=13: 8 processes .* have CPUS_PER_TASK=96 cores; nearest legal: 12"),
     (["START=continue"], "START=continue: .*/7b has no complete checkpoint; START=scratch or from"),
     (["CONTAINER_IMAGE=/no/image.sqsh"], "CONTAINER_IMAGE=/no/image.sqsh: does not exist"),
     (["CONTAINER_IMAGE=nvcr.io#nvidia/x"], "tokenizer: no mount of the container holds it"),
@@ -136,6 +139,9 @@ FILES = [
     ("FLAGS=(7)", "FLAGS: 7: a value without a flag before it"),
     ("DATA=(/no/such/prefix)", "DATA: /no/such/prefix.bin: does not exist"),
     ("START=from FROM=/no/such/run", "FROM=/no/such/run: does not exist"),
+    ("COMMAND=(python -m x --input=/no/such --output $RUN/y) MAKES=($RUN/y)", "COMMAND: /no/such: does not exist"),
+    ("COMMAND=(python -m x --output /no/such)", "COMMAND: /no/such: does not exist"),
+    ('COMMAND=(python -m x "$ACCOUNT")', "COMMAND: an empty word after x"),
     ("CONTAINER_MOUNTS=(/x:/x)", "CONTAINER_MOUNTS: given without CONTAINER_IMAGE"),
 ]
 
@@ -152,6 +158,9 @@ def test_a_slip_in_an_env_file_is_named(line: str, said: str, site: Path, tmp_pa
 def test_a_stage_needs_what_is_before_it(site: Path) -> None:
     done = submit("--dry-run", "--site", site, CHAIN[1])
     assert done.returncode == 2 and "no run of AFTER=(7b) in this command makes it" in done.stderr
+    for name, missing in (("soup", "midtrain-2/checkpoints"), ("convert", "long-context/checkpoints")):
+        done = submit("--dry-run", "--site", site, SLURM / "env" / f"{name}.env")
+        assert done.returncode == 2 and f"{missing}: does not exist, no run of AFTER" in done.stderr
     (site.parent / "runs" / "7b" / "checkpoints").mkdir(parents=True)
     done = submit("--dry-run", "--site", site, CHAIN[1], CHAIN[0])
     assert done.returncode == 2 and "midtrain-1 follows 7b; name 7b's env file before its" in done.stderr

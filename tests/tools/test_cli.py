@@ -57,6 +57,27 @@ def test_fault_becomes_an_exit_status(fault: BaseException | None, status: int |
     assert stop.value.code == status
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tools.inspect_data --help",
+        "tools.plan check --gpu H100 --gpus 512 -- --preset olmo-hybrid-7b --tensor-model-parallel-size 2",
+        "parallel.pipeline_layout --preset olmo-hybrid-7b --pipeline-model-parallel-size 4",
+        "pretrain --preset olmo-hybrid-7b --dry-run --gpus 64",
+        "pretrain --preset olmo-hybrid-7b --print-args",
+    ],
+)
+def test_a_reader_that_leaves_ends_it_quietly(command: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    program, *words = command.split()
+    ended = subprocess.run(
+        [sys.executable, "-m", f"megatron_hybrid.{program}", *words], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
 def test_fault_of_the_program_keeps_its_traceback() -> None:
     def main() -> None:
         raise KeyError("bug")

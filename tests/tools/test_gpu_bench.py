@@ -42,6 +42,9 @@ def test_help_and_bad_names(tool: str, tmp_path: Path) -> None:
     }[tool]
     ended = _run(tool, *flags, "--output", str(tmp_path / "new"))
     assert ended.returncode and f"{flags[0]} 'nothing': unknown; legal: " in ended.stderr
+    if tool == "fp8_acceptance":
+        ended = _run(tool, *flags[2:], "--output", str(tmp_path / "new"))
+        assert ended.returncode == 1 and "error: x: no such file; " in ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -219,8 +219,10 @@ def synchronize() -> None:
 def free() -> None:
     if importlib.util.find_spec("transformer_engine") is not None and torch.cuda.is_available():
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+        from transformer_engine.pytorch.module import base
 
         FP8GlobalStateManager.reset()  # it holds the scales of models that are gone
+        base._dummy_wgrads.clear()  # a tensor of every weight's shape, for autograd to look at
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

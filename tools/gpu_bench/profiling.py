@@ -10,13 +10,17 @@ import torch
 
 #: First match wins; names are kernels' own.
 CATEGORIES = (
-    ("Gated DeltaNet kernels", r"^(conv|diagonal|prepare|scan|output|norm_backward|adjoint_scan|gradients)\w*_kernel"),
+    ("loss", r"cross_entropy|logsumexp_kernel|logits_gradient|softmax|nll"),
+    ("Gated DeltaNet kernels", r"^(conv|prepare|scan|norm|adjoint_scan|query_gradient|key_gradient)\w*_kernel"),
+    (  # flash-linear-attention's
+        "Gated DeltaNet kernels",
+        r"^(chunk_|causal_conv1d|l2norm|recompute_w_u|solve_tril|merge_16|layer_norm_gated|prepare_wy|gdn_|fused_gdn)",
+    ),
     ("attention core", r"flash|fmha|fused_attn|cudnn.*(sdpa|attn)|attention"),
     ("FP8 casts and scales", r"quantiz|cast_transpose|fp8|amax|transpose_kernel|nvte.*(cast|transpose)|block_scal"),
     ("GEMM", r"gemm|nvjet|cutlass|xmma|cublas|splitk|gemv"),
     ("optimizer", r"adam|multi_tensor|l2norm"),
     ("norms", r"rmsnorm|layernorm|ln_fwd|ln_bwd|rms_norm|layer_norm"),
-    ("loss", r"cross_entropy|softmax|logsumexp|nll"),
     ("embedding", r"embedding|indexSelect|index_select|sort|index_put"),
     ("copies and fills", r"memcpy|memset|copy|CatArray|fill"),
     ("elementwise and reductions", r"elementwise|vectorized|reduce|swiglu|rope|triton_|dgated|gated"),
