@@ -326,6 +326,18 @@ def test_faults_of_the_checkpoint_are_found_before_anything_is_written(
     refused(r"__0_0\.distcp: tensor \S+, chunk at .*truncated")
 
 
+def test_damage_is_found_in_rows_that_are_not_exported(save_folder: Path, tmp_path: Path) -> None:
+    """Padding rows of the vocabulary are zeros after the last true row; they are a part of what the checksum covers."""
+    path = save_folder / "iter_0000007" / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    last_row = model_tensors(mixed=False)["lm_head.weight"][-1].numpy().tobytes()
+    content[content.index(last_row) + len(last_row) + 5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ToolError, match=r"tensor output_layer.weight, .*: checksum of archive/data/0 does not match"):
+        export(ExportOptions(save_folder, tmp_path / "hf"))
+    assert [folder.name for folder in tmp_path.iterdir()] == ["save"]
+
+
 def test_an_iteration_folder_can_be_given_itself(checkpoints: dict[int, Path], tmp_path: Path) -> None:
     export(ExportOptions(checkpoints[1] / "iter_0000007", tmp_path / "hf"))
     load_model(tmp_path / "hf")
