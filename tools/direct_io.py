@@ -61,7 +61,7 @@ class DirectFile:
         while offset_bytes < end:
             start = offset_bytes - offset_bytes % BLOCK_BYTES
             wanted = min(len(buffer), -(-(end - start) // BLOCK_BYTES) * BLOCK_BYTES)
-            count = self._call(os.preadv, buffer[:wanted], start)
+            count = self._transfer(os.preadv, buffer[:wanted], start)
             if start + count <= offset_bytes:
                 raise EOFError(f"{self._path}: it ends before byte {end}")
             piece = buffer[offset_bytes - start : min(count, end - start)]
@@ -71,26 +71,33 @@ class DirectFile:
     def write(self, offset_bytes: int, content: ndarray[Any, Any]) -> None:
         """Writes whole blocks from a page of memory on."""
         while len(content):
-            written = self._call(os.pwritev, content, offset_bytes)
+            written = self._transfer(os.pwritev, content, offset_bytes)
             content, offset_bytes = content[written:], offset_bytes + written
 
     def resize(self, size_bytes: int) -> None:
         """Cuts the file, or makes it longer with zeros."""
-        os.ftruncate(self._descriptor, size_bytes)
+        self._call(os.ftruncate, size_bytes)
 
     def sync(self) -> None:
         """Waits until all is on the disk."""
-        os.fsync(self._descriptor)
+        self._call(os.fsync)
 
-    def _call(self, call: Callable[..., int], content: ndarray[Any, Any], offset_bytes: int) -> int:
+    def _transfer(self, call: Callable[..., int], content: ndarray[Any, Any], offset_bytes: int) -> int:
         try:
-            return call(self._descriptor, [content], offset_bytes)
+            return self._call(call, [content], offset_bytes)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)  # some file systems refuse only here
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-            return call(self._descriptor, [content], offset_bytes)
+            return self._call(call, [content], offset_bytes)
+
+    def _call(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(self._descriptor, *arguments)
+        except OSError as error:
+            error.filename = str(self._path)  # for the message; a descriptor has no name
+            raise
 
 
 class DirectWriter:

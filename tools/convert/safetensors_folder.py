@@ -170,10 +170,13 @@ class SafetensorsWriter:
         file = self._opened()
         content = file.range(offset_bytes)
         digest = hashlib.sha256()
-        for piece in pieces:
-            digest.update(piece)
-            content.write(piece)
-        content.end()
+        try:
+            for piece in pieces:
+                digest.update(piece)
+                content.write(piece)
+            content.end()
+        except OSError as error:
+            raise ToolError(f"{self._path}: {name} could not be written ({error})") from None
         if content.size_bytes != size_bytes:
             raise ToolError(f"{name}: {content.size_bytes} bytes where {size_bytes} were planned; this is a defect")
         with self._lock:
