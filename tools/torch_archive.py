@@ -89,6 +89,8 @@ def plain_payload(archive: FileSlice) -> Payload | None:
     try:
         with zipfile.ZipFile(archive) as opened:
             entries = {entry.filename: entry for entry in opened.infolist()}
+            if len(entries) < len(opened.infolist()) or any(entry.compress_type for entry in entries.values()):
+                return None
             folder = next(iter(entries)).split("/")[0]
             # Small ones are read here, which compares their checksums too.
             small = {name: opened.read(entry) for name, entry in entries.items() if entry.file_size <= SMALL_BYTES}
@@ -102,12 +104,11 @@ def plain_payload(archive: FileSlice) -> Payload | None:
             size_bytes = math.prod(tensor.shape) * item_bytes
             contiguous = tuple(math.prod(tensor.shape[dimension + 1 :]) for dimension in range(len(tensor.shape)))
             plain = (
-                len(entries) == len(opened.infolist())
-                and not set(entries) - set(small) - {entry.filename}
+                not set(entries) - set(small) - {entry.filename}
                 and small[f"{folder}/byteorder"] == sys.byteorder.encode()
                 and (tensor.offset, tensor.strides, tensor.hooks) == (0, contiguous, {})
                 and size_bytes == count * item_bytes == entry.file_size == entry.compress_size
-                and (entry.compress_type, entry.flag_bits & 1) == (zipfile.ZIP_STORED, 0)
+                and not entry.flag_bits & 1  # encrypted
                 and header[:4] == b"PK\3\4"
                 and start + size_bytes <= len(archive)
             )

@@ -99,6 +99,8 @@ def test_what_is_not_plain_is_left_to_torch() -> None:
     with pytest.warns(UserWarning, match="Duplicate name"):
         twice = _archive(plain, lambda archive: archive.writestr("archive/data/0", bytes(96)))
     assert plain_payload(twice) is None
+    compressed = _archive(plain, lambda archive: archive.writestr("archive/more", bytes(9), zipfile.ZIP_DEFLATED))
+    assert plain_payload(compressed) is None
     assert plain_payload(_archive(_Runs(os.getcwd))) is None
 
 

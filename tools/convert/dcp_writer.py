@@ -37,11 +37,11 @@ class DcpWriter:
         folder: an existing empty folder.
         chunk_bytes: rows of a tensor are stored in blocks of at most this size.
         file_bytes: a file is closed and the next begun once it is this large.
-        lanes: threads that write, each into files of its own, a block at a time; half of them wait for the disk.
+        lanes: threads that write, each into files of its own, a block at a time.
     """
 
     def __init__(
-        self, folder: Path, chunk_bytes: int = CHUNK_BYTES, file_bytes: int = FILE_BYTES, lanes: int = 2 * workers()
+        self, folder: Path, chunk_bytes: int = CHUNK_BYTES, file_bytes: int = FILE_BYTES, lanes: int = workers()
     ) -> None:
         self._folder, self._chunk_bytes = folder, chunk_bytes
         self._tensors: dict[str, Any] = {}

@@ -10,8 +10,8 @@ from typing import Any
 
 
 def workers() -> int:
-    """Threads that write: the kernel's part of writing keeps a core busy at about 1 GB/s and less."""
-    return min(4, os.cpu_count() or 1)
+    """Threads that convert, two for a core: while one makes a hash, another waits for the disk."""
+    return 2 * min(4, os.cpu_count() or 1)
 
 
 class InOrder:

@@ -126,8 +126,7 @@ def write_shards(source: MegatronSource, shards: Shards, folder: Path) -> dict[s
     """Writes the safetensors files; returns the SHA-256 of each tensor's bytes by name."""
     with byte_progress_bar("export", sum(t.size_bytes for shard in shards for t in shard)) as bar:
         output = ShardsOutput(source, shards, folder, bar)
-        # Twice as many as compute: the others wait for the disk.
-        threads = InOrder("convert", len(source.rules), 2 * workers())
+        threads = InOrder("convert", len(source.rules), workers())
         try:
             # lm_head, the last, first: it is large, and at the end one thread would be left alone with it.
             for rule in (source.rules[-1], *source.rules[:-1]):
