@@ -11,7 +11,7 @@ from megatron_hybrid.flops import CHUNK
 from megatron_hybrid.parallel.exchange_choice import scan_is_faster, scan_rounds
 from megatron_hybrid.planning.job import Job
 
-#: Tokens whose logits the loss holds in fp32 at a time (modules/cross_entropy.py).
+#: Tokens whose logits the loss holds in fp32 at a time on CPU (modules/cross_entropy.py).
 FP32_TOKENS = 1024
 
 #: {tensor: bytes}
@@ -146,8 +146,10 @@ def _attention(job: Job) -> Kept:
         "attention output": n * queries * element,
         "softmax sums": n * s.heads * 4,
     }
-    if job.qk_norm != "none":  # in PyTorch: the fp32 copies of q and k, and both normalised
+    if job.qk_norm == "head" or (job.qk_norm == "full" and job.local):  # in PyTorch: fp32 copies, and both normalised
         found["q/k norm"] = n * (queries + keys) * 8
+    elif job.qk_norm == "full":
+        found["q/k norm"] = 2 * job.tokens * 4
     if job.qk_norm != "none" or job.rotary:
         found["q and k"] = n * (queries + keys) * element
     if job.rotary and job.local:  # cosines and sines, each for q and for k, the same for all rows
@@ -193,26 +195,33 @@ def logits_kept(job: Job) -> float:
 
 
 def logits(job: Job) -> float:
-    """What is kept, the logits' gradient, and fp32 pieces; chunk by chunk with --loss-chunk-tokens."""
+    """What is kept, the logits' gradient, and on CPU fp32 pieces; chunk by chunk with --loss-chunk-tokens."""
     rows, element = job.held.vocabulary_rows / job.tp, element_bytes(job)
-    if job.loss_chunk_tokens:  # a chunk's logits and their gradient in fp32 and cast; the weight's gradient in fp32
+    pieces = min(job.tokens, FP32_TOKENS) * rows * 2 * 4 if job.local else 0.0
+    if (
+        job.loss_chunk_tokens
+    ):  # a chunk's logits, which become their gradient; the weight's gradient in fp32, and a part
         chunk = min(job.tokens, job.loss_chunk_tokens)
-        return chunk * rows * (2 * element + 4) + 4 * rows * job.sizes.hidden
-    pieces = min(job.tokens, FP32_TOKENS) * rows * 2 * 4 if job.z_loss else job.tokens * rows * element
+        return chunk * rows * element + pieces + (4 + element) * rows * job.sizes.hidden
+    if not job.z_loss:  # Megatron's own loss
+        pieces = job.tokens * rows * element
     return logits_kept(job) + job.tokens * rows * element + pieces
 
 
-def workspace(job: Job) -> float:
-    """Tensors that exist while a layer's backward runs: an estimate by reading, the largest of MLP and mixers."""
+def workspace(job: Job, last: str) -> float:
+    """Tensors that exist while the backward of the last layer, a `G` or `*`, runs, when most is kept.
+
+    The MLP's gradients come first; what a mixer needs then takes the place of what the MLP had kept.
+    """
     n, s, element = job.tokens / job.tp, job.held, element_bytes(job)
     mlp = n * s.ffn * (4 if s.gated_mlp else 2) * element
     delta = 0.0
-    if "G" in job.layers:
+    if last == "G":
         channels = 2 * s.gdn_key_heads * s.key_dim + 2 * s.gdn_value_heads * s.value_dim
         states = n / CHUNK * s.gdn_value_heads * s.key_dim * s.value_dim * element
-        delta = n * channels * element * 3 + 2 * states  # gradients, q, k, v, o again; states and their gradients
-    again = max((sum(layer(job, symbol).values()) for symbol in set(job.layers)), default=0.0)
-    recomputed = again * job.recompute_layers if "full" in job.recompute else 0.0
+        # Gradients, q, k, v, o again; states and their gradients.
+        delta = n * channels * element * 3 + 2 * states - sum(_mlp(job).values())
+    recomputed = sum(layer(job, last).values()) * job.recompute_layers if "full" in job.recompute else 0.0
     return max(mlp, delta) + 2 * stream(job) + recomputed
 
 

@@ -26,7 +26,11 @@ _COUNTS = (
 _SWITCHES = (
     *("bf16", "fp16", "use-distributed-optimizer", "sequence-parallel", "fp8-param-gather"),
     *("recompute-activations", "overlap-grad-reduce", "overlap-param-gather", "grad-reduce-in-bf16"),
+    *("use-precision-aware-optimizer", "no-gradient-accumulation-fusion"),
 )
+#: Bytes of a number, by Megatron's name.
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+_OPTIMIZER_DTYPES = ("main-grads-dtype", "main-params-dtype", "exp-avg-dtype", "exp-avg-sq-dtype")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class Job:
     distributed_optimizer: bool = True
     optimizer_instances: int = 1
     grad_bytes: int = 4
+    fused_gradients: bool = True  # --gradient-accumulation-fusion
+    moment_bytes: int = 8  # both
+    master_bytes: int = 4
     recompute: tuple[str, ...] = ()
     recompute_layers: int = 1
     fp8: str = ""  # the recipe
@@ -96,7 +103,8 @@ class Job:
             half=v.bf16 or v.fp16,
             distributed_optimizer=v.use_distributed_optimizer,
             optimizer_instances=v.num_distributed_optimizer_instances,
-            grad_bytes=2 if v.grad_reduce_in_bf16 and v.bf16 else 4,
+            **_optimizer_bytes(v),
+            fused_gradients=not v.no_gradient_accumulation_fusion,
             recompute=modules,
             recompute_layers=v.recompute_num_layers if v.recompute_method != "block" else 1,
             fp8=(v.fp8_recipe if v.fp8_format else ""),
@@ -155,6 +163,20 @@ class Job:
     @property
     def optimizer_shards(self) -> int:
         return max(1, self.dp * self.cp // self.optimizer_instances) if self.distributed_optimizer else 1
+
+
+def _optimizer_bytes(v: argparse.Namespace) -> dict[str, int]:
+    """Of a 16-bit parameter: its gradient, both moments, and its fp32 master beside it."""
+    if not v.use_precision_aware_optimizer:
+        return {"grad_bytes": 2 if v.grad_reduce_in_bf16 and v.bf16 else 4}
+    # Transformer Engine's Adam keeps the lower half of a master beside a bf16 parameter; with FP8 Megatron keeps all
+    # of it, except with delayed scaling.
+    remainder = v.bf16 and v.main_params_dtype == "fp32" and (not v.fp8_format or v.fp8_recipe == "delayed")
+    return {
+        "grad_bytes": _BYTES[v.main_grads_dtype],
+        "moment_bytes": _BYTES[v.exp_avg_dtype] + _BYTES[v.exp_avg_sq_dtype],
+        "master_bytes": 2 if remainder else _BYTES[v.main_params_dtype],
+    }
 
 
 def data_parallel_size(gpus: int, tp: int, pp: int, cp: int) -> int:
@@ -263,6 +285,8 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         *(("fp8-format", ""), ("fp8-recipe", "delayed"), ("recompute-granularity", ""), ("recompute-method", "")),
     ):
         parser.add_argument(f"--{name}", default=text)
+    for name in _OPTIMIZER_DTYPES:
+        parser.add_argument(f"--{name}", default="fp32", choices=_BYTES)
     parser.add_argument("--recompute-modules", nargs="*")
     parser.add_argument("--z-loss", type=float, default=1e-5)
     try:

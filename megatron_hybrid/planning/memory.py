@@ -31,7 +31,8 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU. states: Gated DeltaNet's, for the backward pass. logits: the loss and all it needs."""
+    """Bytes of one GPU. states: Gated DeltaNet's, for the backward pass. logits: the loss and all it needs. workspace:
+    what a layer's backward needs beyond those."""
 
     weights: float
     gradients: float
@@ -91,10 +92,22 @@ def gradient_bytes(job: Job, held: Parameters) -> float:
     return held.model_dtype * job.grad_bytes + held.fp32 * 4
 
 
+def stand_in_bytes(job: Job, rank: int) -> float:
+    """Tensors that autograd gets for weight gradients which a GEMM has added already: one of each shape."""
+    if job.local or not job.fused_gradients:
+        return 0.0
+    kinds = set("".join(job.segments[rank :: job.pp]))
+    mlp = (3 if job.held.gated_mlp else 2) * job.held.hidden * job.held.ffn // job.tp
+    linears = mlp + sum(layer_parameters(job, symbol).linears - mlp for symbol in kinds)
+    if rank == job.pp - 1 and not job.loss_chunk_tokens:
+        linears += job.held.vocabulary_rows // job.tp * job.sizes.hidden
+    return linears * activations.element_bytes(job)
+
+
 def optimizer_bytes(job: Job, held: Parameters) -> float:
-    """Adam's two moments, and the fp32 copy of what is not fp32 itself."""
-    shards = job.optimizer_shards
-    return (held.model_dtype * (12 if job.half else 8) + held.fp32 * 8) / shards
+    """Adam's two moments, and the master of what is not fp32 itself."""
+    master = job.master_bytes if job.half else 0
+    return (held.model_dtype * (job.moment_bytes + master) + held.fp32 * job.moment_bytes) / job.optimizer_shards
 
 
 def in_flight(job: Job, rank: int, chunk_bytes: list[float]) -> tuple[int, ...]:
@@ -134,14 +147,16 @@ def of_rank(job: Job, rank: int) -> Memory:
         states += count * segment.pop("states", 0.0)
         kept += count * sum(segment.values())
     logits = activations.logits(job) if rank == job.pp - 1 else 0.0
+    # The logits are gone when the last layer's backward begins.
+    workspace = activations.workspace(job, job.segments[rank + (job.chunks - 1) * job.pp][-1:])
     return Memory(
         weights=weight_bytes(job, held),
-        gradients=gradient_bytes(job, held),
+        gradients=gradient_bytes(job, held) + stand_in_bytes(job, rank),
         optimizer=optimizer_bytes(job, held),
         activations=kept,
         states=states,
         logits=logits,
-        workspace=activations.workspace(job),
+        workspace=max(0.0, workspace - logits),
     )
 
 

@@ -1,5 +1,6 @@
-"""Predicted time of a training step. Predictions, all of it: from published ceilings, guessed shares of them and one
-measured kernel, or from a table of measured times. No whole step was measured against it.
+"""Predicted time of a training step, from published ceilings and shares of them that one H200 and one H100 reached
+(docs/speed.md), or from a table of measured times. Compared with whole steps on one H200 alone; communication and other
+GPUs are predictions.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from megatron_hybrid.planning import activations, memory, traffic
 from megatron_hybrid.planning.hardware import Gpu
 from megatron_hybrid.planning.job import Job
 
-#: Shares of the published ceilings that are taken to be reached. Guesses: GEMMs of these widths, flash attention,
-#: elementwise kernels, collectives.
-GEMM_BF16, GEMM_FP8, ATTENTION, BANDWIDTH, COLLECTIVE = 0.61, 0.45, 0.5, 0.8, 0.8
+#: Shares of the published ceilings that are taken to be reached: measured for GEMMs of these widths (in FP8 with their
+#: casts) and flash attention, guessed for elementwise kernels and collectives.
+GEMM_BF16, GEMM_FP8, ATTENTION, BANDWIDTH, COLLECTIVE = 0.68, 0.52, 0.49, 0.8, 0.8
 
 #: Seconds of a Gated DeltaNet mixer core, forward and forward + backward: 8,192 tokens, 30 heads, K 96, V 192 on an
-#: H200 (docs/kernels.md). Other sizes by tokens and state, other GPUs by memory bandwidth: neither was measured.
-MIXER_S, MIXER_FORWARD_S = 3.371e-3, 1.059e-3
-_MIXER_WORK, _MIXER_HBM = 8192 * 30 * 96 * 192, 4800
+#: H100 (docs/kernels.md). Other sizes by tokens and state, other GPUs by memory bandwidth: neither was measured.
+MIXER_S, MIXER_FORWARD_S = 2.75e-3, 0.725e-3
+_MIXER_WORK, _MIXER_HBM = 8192 * 30 * 96 * 192, 3350
+
+#: Bytes that would take as long to move as an optimizer step per parameter did, with moments of 4 and of 2 bytes.
+UPDATE_BYTES = 55
 
 #: {"G", "*", "*window", "embedding", "output"}: measured ms of one sequence on one GPU, forward and backward.
 Measured = Mapping[str, float]
@@ -52,7 +56,7 @@ def predict(job: Job, gpu: Gpu, measured: Measured | None = None) -> Prediction:
     slowest = max(range(job.pp), key=lambda rank: sum(traffic.data_parallel(job, rank)))
     exposed["data"] = _data_s(job, gpu, slowest, busy / job.microbatches)
     held = memory.parameters(job, slowest)
-    update = memory.optimizer_bytes(job, held) * 2.5 / (gpu.hbm_gb_s * 1e9 * BANDWIDTH)
+    update = held.count / job.optimizer_shards * UPDATE_BYTES / (gpu.hbm_gb_s * 1e9 * BANDWIDTH)
     step = busy / (1 - bubble) + exposed["data"] + update
     tokens = job.global_batch * job.sequence_tokens / step / job.gpus
     work = flops.training_flops_per_token(job.sizes, job.layers, job.sequence_tokens)
@@ -126,6 +130,8 @@ def _again(job: Job, symbol: str) -> float:
     share = 0.02 if "layernorm" in job.recompute else 0.0
     if "mlp" in job.recompute:
         share += forward * parts["mlp"] / sum(parts.values())
+    if "core_attn" in job.recompute and "attn_core" in parts:
+        share += forward * parts["attn_core"] / sum(parts.values()) * GEMM_BF16 / ATTENTION
     if "gdn_norm_out" in job.recompute and symbol == "G":
         share += 0.12 * MIXER_FORWARD_S / MIXER_S  # a mixer core is about 12 % of a layer
     return share
@@ -139,7 +145,7 @@ def _ends_s(job: Job, gpu: Gpu, first: bool, last: bool, measured: Measured | No
         return 0.0
     products = 4 if job.loss_chunk_tokens else 3
     output = products * flops.output_parts(job.held)["output"] * job.tokens / job.tp
-    loss = 6 * job.tokens * job.held.vocabulary_rows / job.tp * activations.element_bytes(job)
+    loss = 3 * job.tokens * job.held.vocabulary_rows / job.tp * activations.element_bytes(job)
     return output / (gpu.bf16_tflops * 1e12 * GEMM_BF16) + loss / (gpu.hbm_gb_s * 1e9 * BANDWIDTH)
 
 
