@@ -84,9 +84,11 @@ def wide_norm_gradient_kernel(
 def norm(x: Tensor, weight: Tensor, squares: Tensor, width: int, eps: float, stage: Stage) -> tuple[Tensor, Tensor]:
     """(y [s, b, h, d], 1 / rms [n] fp32); with "sums" there is neither, but `squares` [n] fp32 is written.
 
-    x [s, b, h, d], its last dimension dense; weight [D]; width: elements of a row on all ranks.
+    x [s, b, h, d] of any strides, read where it is if its last dimension is dense; weight [D]; width: elements of a row on
+    all ranks.
     """
     s, b, h, d = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
     y, rstd = (x.new_empty(x.shape), torch.empty_like(squares)) if stage != "sums" else (squares, squares)
     wide_norm_kernel[(s * b,)](
         x, weight, squares, y, rstd, b, *x.stride()[:3], width, eps, h=h, d=d, BLOCK=triton.next_power_of_2(h * d),
@@ -100,7 +102,7 @@ def norm_gradient(
 ) -> tuple[Tensor, Tensor]:
     """(dx [s, b, h, d], dweight [D] fp32). "sums" writes `dots` [n] fp32 and only dweight, "apply" reads it for dx."""
     s, b, h, d = x.shape
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    x, dy = (y if y.stride(-1) == 1 else y.contiguous() for y in (x, dy))
     programs = min(s * b, PROGRAMS)
     dx = x.new_empty(x.shape) if stage != "sums" else dots
     dw = torch.empty(programs, h * d, dtype=torch.float32, device=x.device) if stage != "apply" else dots
