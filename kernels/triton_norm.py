@@ -84,8 +84,7 @@ def wide_norm_gradient_kernel(
 def norm(x: Tensor, weight: Tensor, squares: Tensor, width: int, eps: float, stage: Stage) -> tuple[Tensor, Tensor]:
     """(y [s, b, h, d], 1 / rms [n] fp32); with "sums" there is neither, but `squares` [n] fp32 is written.
 
-    x [s, b, h, d] of any strides, read where it is if its last dimension is dense; weight [D]; width: elements of a row on
-    all ranks.
+    x [s, b, h, d], read where it is if its last dimension is dense; weight [D]; width: elements of a row on all ranks.
     """
     s, b, h, d = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
