@@ -146,7 +146,7 @@ def _attention(job: Job) -> Kept:
         "attention output": n * queries * element,
         "softmax sums": n * s.heads * 4,
     }
-    if job.qk_norm != "none":  # in PyTorch: the fp32 copies of q and k, and both normalised
+    if job.qk_norm == "head" or (job.qk_norm == "full" and job.local):  # in PyTorch: fp32 copies, and both normalised
         found["q/k norm"] = n * (queries + keys) * 8
     if job.qk_norm != "none" or job.rotary:
         found["q and k"] = n * (queries + keys) * element

@@ -26,7 +26,10 @@ _COUNTS = (
 _SWITCHES = (
     *("bf16", "fp16", "use-distributed-optimizer", "sequence-parallel", "fp8-param-gather"),
     *("recompute-activations", "overlap-grad-reduce", "overlap-param-gather", "grad-reduce-in-bf16"),
+    *("use-precision-aware-optimizer", "accumulate-allreduce-grads-in-fp32"),
 )
+#: --main-grads-dtype and so on: bytes of an element.
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Job:
     distributed_optimizer: bool = True
     optimizer_instances: int = 1
     grad_bytes: int = 4
+    state_bytes: int = 12  # the optimizer's, of a parameter in bf16 or fp16
     recompute: tuple[str, ...] = ()
     recompute_layers: int = 1
     fp8: str = ""  # the recipe
@@ -96,7 +100,8 @@ class Job:
             half=v.bf16 or v.fp16,
             distributed_optimizer=v.use_distributed_optimizer,
             optimizer_instances=v.num_distributed_optimizer_instances,
-            grad_bytes=2 if v.grad_reduce_in_bf16 and v.bf16 else 4,
+            grad_bytes=_grad_bytes(v),
+            state_bytes=_state_bytes(v),
             recompute=modules,
             recompute_layers=v.recompute_num_layers if v.recompute_method != "block" else 1,
             fp8=(v.fp8_recipe if v.fp8_format else ""),
@@ -155,6 +160,22 @@ class Job:
     @property
     def optimizer_shards(self) -> int:
         return max(1, self.dp * self.cp // self.optimizer_instances) if self.distributed_optimizer else 1
+
+
+def _grad_bytes(v: argparse.Namespace) -> int:
+    reduced = v.main_grads_dtype == "bf16" and not v.accumulate_allreduce_grads_in_fp32
+    return 2 if v.bf16 and (v.grad_reduce_in_bf16 or reduced) else 4
+
+
+def _state_bytes(v: argparse.Namespace) -> int:
+    """The fp32 copy and both moments. Transformer Engine's Adam stores of the copy what its bf16 parameter has not.
+
+    With FP8 parameters, and with all recipes but `delayed`, Megatron keeps the whole copy.
+    """
+    if not v.use_precision_aware_optimizer:
+        return 12
+    whole = v.fp8_format and (v.fp8_recipe != "delayed" or v.fp8_param_gather) and v.main_params_dtype == "fp32"
+    return (4 if whole else 2) + _BYTES[v.exp_avg_dtype] + _BYTES[v.exp_avg_sq_dtype]
 
 
 def data_parallel_size(gpus: int, tp: int, pp: int, cp: int) -> int:
@@ -261,6 +282,8 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         *(("hybrid-layer-pattern", ""), ("position-embedding-type", "learned_absolute"), ("qk-norm-width", "full")),
         *(("norm-placement", "released"), ("gdn-cp-comm-type", "auto"), ("transformer-impl", "transformer_engine")),
         *(("fp8-format", ""), ("fp8-recipe", "delayed"), ("recompute-granularity", ""), ("recompute-method", "")),
+        *(("main-grads-dtype", "fp32"), ("main-params-dtype", "fp32")),
+        *(("exp-avg-dtype", "fp32"), ("exp-avg-sq-dtype", "fp32")),
     ):
         parser.add_argument(f"--{name}", default=text)
     parser.add_argument("--recompute-modules", nargs="*")

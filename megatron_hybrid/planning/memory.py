@@ -94,7 +94,7 @@ def gradient_bytes(job: Job, held: Parameters) -> float:
 def optimizer_bytes(job: Job, held: Parameters) -> float:
     """Adam's two moments, and the fp32 copy of what is not fp32 itself."""
     shards = job.optimizer_shards
-    return (held.model_dtype * (12 if job.half else 8) + held.fp32 * 8) / shards
+    return (held.model_dtype * (job.state_bytes if job.half else 8) + held.fp32 * 8) / shards
 
 
 def in_flight(job: Job, rank: int, chunk_bytes: list[float]) -> tuple[int, ...]:

@@ -148,3 +148,24 @@ def test_the_7b_on_512_ranks(flags: str, ranks: tuple[int, ...]) -> None:
         print(rank, counted, planned)
         for name, size in counted.items():
             assert planned[name] == pytest.approx(size, rel=0.03), (rank, name)
+
+
+LEAN = "--use-precision-aware-optimizer --main-grads-dtype bf16 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"
+EIGHT = f"--num-layers 8 --hybrid-layer-pattern GGG*GGG* --global-batch-size 4 {LEAN}"
+MLP = "--recompute-granularity selective --recompute-modules mlp"
+
+
+@pytest.mark.parametrize(
+    ("flags", "gib"),
+    [
+        (f"--global-batch-size 1 --loss-chunk-tokens 2048 {MLP} {LEAN}", 90.7),
+        (EIGHT, 36.2),
+        (f"{EIGHT} --fp8-format hybrid --fp8-recipe tensorwise", 42.8),
+        (f"{EIGHT} --fp8-format hybrid --fp8-recipe delayed", 38.3),
+        (f"{EIGHT} --fp8-format hybrid --fp8-recipe tensorwise --fp8-param-gather", 40.8),
+    ],
+)
+def test_the_peaks_of_one_h200(flags: str, gib: float) -> None:
+    """docs/speed.md, 2026-11-25, 8,192 tokens: the precision-aware optimizer, whose moments and gradients are in bf16."""
+    _, held = memory.fullest(Job.from_flags(compose("olmo-hybrid-7b", flags.split()), 1))
+    assert held.total / memory.GIB == pytest.approx(gib, rel=0.02)

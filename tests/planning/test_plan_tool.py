@@ -43,7 +43,7 @@ def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         ("--vocab-size 100278 --padded-vocab-size 100000", "--padded-vocab-size 100000: smaller than --vocab-size"),
         ("--fp8-format e4m3 --fp8-recipe mxfp8", "--fp8-recipe mxfp8: not on H100; nearest legal: blockwise"),
         ("--fp8-format hybrid --ffn-hidden-size 11000", "the MLP (--ffn-hidden-size, columns of linear_fc2) has 11000"),
-        ("", "--gpu H100: 86."),
+        ("", "--gpu H100: 82.5"),
         ("--micro-batch-size x", "--micro-batch-size x: must be a whole number"),
         ("--micro-batch-sise 4", "--micro-batch-sise: no such flag; nearest: --micro-batch-size"),
         ("--fp8-format e5m2", "--fp8-format e5m2: legal: e4m3, hybrid"),
