@@ -166,6 +166,6 @@ MLP = "--recompute-granularity selective --recompute-modules mlp"
     ],
 )
 def test_the_peaks_of_one_h200(flags: str, gib: float) -> None:
-    """docs/speed.md, 2026-11-25, 8,192 tokens: the precision-aware optimizer, whose moments and gradients are in bf16."""
+    """docs/speed.md, 2026-11-25, 8,192 tokens: moments and gradients in bf16."""
     _, held = memory.fullest(Job.from_flags(compose("olmo-hybrid-7b", flags.split()), 1))
     assert held.total / memory.GIB == pytest.approx(gib, rel=0.02)
