@@ -167,6 +167,8 @@ def check_names(flags: Sequence[str]) -> None:
         else:
             raise FlagError(f"{word}: a value without a flag before it")
     for flag, values in given:
+        if flag not in known and (off := f"--no-{flag[2:]}") in known:
+            raise FlagError(f"{flag}: no such flag, since it is on unless {off} is given; leave it out")
         if flag not in known:
             nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)[0]
             raise FlagError(f"{flag}: no such flag; nearest: {nearest}")

@@ -46,6 +46,7 @@ def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         ("", "--gpu H100: 82.5"),
         ("--micro-batch-size x", "--micro-batch-size x: must be a whole number"),
         ("--micro-batch-sise 4", "--micro-batch-sise: no such flag; nearest: --micro-batch-size"),
+        ("--gradient-accumulation-fusion", "it is on unless --no-gradient-accumulation-fusion is given; leave it out"),
         ("--fp8-format e5m2", "--fp8-format e5m2: legal: e4m3, hybrid"),
         ("--lr", "--lr: takes one value"),
         ("--lr 1e-4 1e-5", "--lr 1e-4 1e-5: takes one value"),
