@@ -17,7 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_hybrid.flags import compose
 from megatron_hybrid.model import build_model
 from megatron_hybrid.parallel.pipeline_layout import resolve
-from megatron_hybrid.planning import activations, memory
+from megatron_hybrid.planning import activations, memory, timing
+from megatron_hybrid.planning.hardware import GPUS
 from megatron_hybrid.planning.job import Job
 from megatron_hybrid.presets import PRESETS
 from tests.parallel import tiny
@@ -169,3 +170,17 @@ def test_the_peaks_of_one_h200(flags: str, gib: float) -> None:
     """docs/speed.md, 2026-11-25, 8,192 tokens: moments and gradients in bf16."""
     _, held = memory.fullest(Job.from_flags(compose("olmo-hybrid-7b", flags.split()), 1))
     assert held.total / memory.GIB == pytest.approx(gib, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ms"),
+    [
+        (EIGHT, 788.1),
+        (f"{EIGHT} --fp8-format hybrid --fp8-recipe tensorwise", 606.8),
+        (f"--global-batch-size 1 --loss-chunk-tokens 2048 {MLP} {LEAN}", 895.0),
+    ],
+)
+def test_the_steps_of_one_h200(flags: str, ms: float) -> None:
+    """The predicted time, beside docs/speed.md, 2026-11-25."""
+    predicted = timing.predict(Job.from_flags(compose("olmo-hybrid-7b", flags.split()), 1), GPUS["H200"])
+    assert predicted.step_s * 1e3 == pytest.approx(ms, rel=0.11)
