@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,12 @@ ALTERNATIVES = (
 
 #: Optimizers whose update SkipStep cannot take back.
 _NOT_JUDGED = ("optimizer-cpu-offload", "optimizer-cuda-graph", "use-megatron-fsdp", "use-torch-fsdp2")
+
+#: Megatron takes other than fp32 for these with --use-precision-aware-optimizer alone.
+_PRECISIONS = ("main-grads-dtype", "main-params-dtype", "exp-avg-dtype", "exp-avg-sq-dtype")
+
+#: What --recompute-modules can name in these layers.
+RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm", "gdn_norm_out")
 
 #: `--flag kind` of all flags, as Megatron's parser and the plugin's have them (tests/slurm/known_flags.py).
 KNOWN = Path(__file__).with_name("known_flags.txt")
@@ -99,6 +106,7 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         ("lr-decay-iters", None),
         ("lr-warmup-iters", 0),
         ("loss-chunk-tokens", 0),
+        ("gdn-states-every", 0),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in _DATA_FLAGS:
@@ -111,8 +119,13 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         "gdn-cp-comm-type",
         "gdn-backend",
         "position-embedding-type",
+        "recompute-granularity",
+        "recompute-method",
     ):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--recompute-modules", nargs="+", default=[])
+    for name in _PRECISIONS:
+        parser.add_argument(f"--{name}", default="fp32")
     parser.add_argument("--z-loss", type=float, default=0.0)
     for name, text in (("wsds-periods", ""), ("lr-decay-style", "linear"), ("optimizer", "adam")):
         parser.add_argument(f"--{name}", default=text)
@@ -127,6 +140,8 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         "no-save-optim",
         "sequence-parallel",
         "skip-train",
+        "use-precision-aware-optimizer",
+        "recompute-activations",
     ):
         parser.add_argument(f"--{name}", action="store_true")
     try:
@@ -152,6 +167,8 @@ def check_names(flags: Sequence[str]) -> None:
         else:
             raise FlagError(f"{word}: a value without a flag before it")
     for flag, values in given:
+        if flag not in known and (off := f"--no-{flag[2:]}") in known:
+            raise FlagError(f"{flag}: no such flag, since it is on unless {off} is given; leave it out")
         if flag not in known:
             nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)[0]
             raise FlagError(f"{flag}: no such flag; nearest: {nearest}")
@@ -193,6 +210,7 @@ def check(flags: Sequence[str]) -> None:
     _check_pipeline(values)
     _check_schedule(values)
     _check_optimizer(values)
+    _check_recompute(values)
     _check_recipe(values)
     _check_context_parallel(values)
     try:
@@ -351,12 +369,39 @@ def _check_optimizer(values: argparse.Namespace) -> None:
     half = next((flag for flag in ("bf16", "fp16") if getattr(values, flag)), None)
     if values.gdn_backend == "triton" and not half and os.environ.get("TRITON_INTERPRET") != "1":
         raise FlagError("--gdn-backend triton: takes bf16 or fp16; add --bf16, or take --gdn-backend reference")
+    lower = [flag for flag in _PRECISIONS if getattr(values, flag.replace("-", "_")) != "fp32"]
+    if values.use_precision_aware_optimizer:
+        if values.optimizer != "adam" or not values.use_distributed_optimizer:
+            raise FlagError("--use-precision-aware-optimizer: needs --use-distributed-optimizer and --optimizer adam")
+    elif lower:
+        raise FlagError(
+            f"--{lower[0]} {getattr(values, lower[0].replace('-', '_'))}: needs --use-precision-aware-optimizer; add it"
+        )
     saves = values.save and not values.no_save_optim
     if half and saves and "G" in values.hybrid_layer_pattern and not values.use_distributed_optimizer:
         raise FlagError(
             f"--{half}: Megatron's plain optimizer cannot save a model with fp32 parameters (A_log, dt_bias); "
             "add --use-distributed-optimizer (one rank will do), or --no-save-optim"
         )
+
+
+def _check_recompute(values: argparse.Namespace) -> None:
+    granularity = "selective" if values.recompute_activations else values.recompute_granularity
+    modules = values.recompute_modules
+    for name in modules:
+        if name not in RECOMPUTE_MODULES:
+            raise FlagError(f"--recompute-modules {name}: legal, with spaces between: {', '.join(RECOMPUTE_MODULES)}")
+    if modules and granularity != "selective":
+        raise FlagError(
+            f"--recompute-modules {' '.join(modules)}: does nothing without --recompute-granularity selective"
+        )
+    method = values.recompute_method
+    if granularity == "full" and method is None:
+        raise FlagError(
+            "--recompute-granularity full: needs --recompute-method uniform --recompute-num-layers 1, or block"
+        )
+    if method and granularity != "full":
+        raise FlagError(f"--recompute-method {method}: is for --recompute-granularity full; leave it out")
 
 
 def wsds_ends(text: str) -> list[int]:
@@ -376,9 +421,11 @@ def wsds_ends(text: str) -> list[int]:
 
 def _check_recipe(values: argparse.Namespace) -> None:
     for name in ("loss_chunk_tokens", "z_loss"):
-        if getattr(values, name) < 0:
+        if not 0 <= getattr(values, name) < math.inf:
             flag = name.replace("_", "-")
-            raise FlagError(f"--{flag} {getattr(values, name)}: must not be negative; 0 turns it off")
+            raise FlagError(f"--{flag} {getattr(values, name)}: must be finite and not negative; 0 turns it off")
+    if values.gdn_states_every < 0:
+        raise FlagError(f"--gdn-states-every {values.gdn_states_every}: must be 0 or more; nearest legal: 0")
     cannot = [f"--{name}" for name in (*_NOT_JUDGED, "fp16") if getattr(values, name.replace("-", "_"))]
     if values.optimizer not in ("adam", "sgd"):
         cannot.append(f"--optimizer {values.optimizer}")

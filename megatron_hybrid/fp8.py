@@ -31,6 +31,12 @@ _SWITCHES = (
 )
 
 
+_LOCAL = (
+    "--transformer-impl local: its linears would run in bf16 without a word; {} needs a GPU and Transformer Engine "
+    "(pip install -e '.[gpu]')"
+)
+
+
 class Fp8Error(ValueError):
     """A flag or size with which FP8 cannot work; one line."""
 
@@ -47,7 +53,7 @@ def check_flags(flags: Sequence[str]) -> None:
         Fp8Error: naming the flag and what to do.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("fp8-format", "fp8-recipe", "fp4-format"):
+    for name in ("fp8-format", "fp8-recipe", "fp4-format", "transformer-impl"):
         parser.add_argument(f"--{name}")
     for name in _SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
@@ -67,7 +73,11 @@ def _problems(v: argparse.Namespace) -> Iterator[str]:
             flag = "--fp8-param-gather" if v.fp8_param_gather else "--fp4-param-gather"
             yield f"{flag}: there are no such parameters without --{flag[2:5]}-format; add it, or leave this out"
         return
+    if v.fp8_format and v.fp4_format:
+        yield f"--fp4-format {v.fp4_format}: not with --fp8-format {v.fp8_format}; give one of them"
     recipe = "nvfp4" if v.fp4_format else v.fp8_recipe or "delayed"
+    if v.transformer_impl == "local":
+        yield _LOCAL.format(recipe)
     if recipe not in (*RECIPES, "nvfp4"):
         yield f"--fp8-recipe {recipe}: not supported here; legal: {', '.join(RECIPES)}"
     if not v.bf16:
@@ -115,10 +125,7 @@ def check_args(args: Any) -> None:
     import torch
 
     if args.transformer_impl == "local":
-        raise Fp8Error(
-            f"--transformer-impl local: its linears would run in bf16 without a word; {recipe} needs a GPU and "
-            "Transformer Engine (pip install -e '.[gpu]')"
-        )
+        raise Fp8Error(_LOCAL.format(recipe))
     least, kinds = NEEDS[recipe]
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < least:
         raise Fp8Error(

@@ -19,7 +19,12 @@ from megatron_hybrid.pretrain import fail, prepare, provide_model
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m megatron_hybrid.logits", allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_hybrid.logits",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     own, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))

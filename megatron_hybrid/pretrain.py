@@ -57,7 +57,13 @@ def own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--gpus", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="of the job, for --dry-run"
     )
     parser.add_argument("--help-all", action="store_true", help="print Megatron's and the plugin's flags and stop")
-    return parser.parse_known_args(list(argv))
+    words: list[str] = []
+    for word in argv:  # argparse takes no word with -- for a value
+        if words[-1:] == ["--without"]:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return parser.parse_known_args(words)
 
 
 def fail(message: object, status: int = 2) -> NoReturn:
@@ -173,7 +179,7 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
         args = parse([*flags, *added])
         stack_spec(args)
         fp8.check_args(args)
-        _check_recompute(args)
+        _check_machine(args)
         run.kernel_errors = _check_kernels(args)
         _set_vocabulary(args, flags)
         _say_what_is_padded(args)
@@ -187,7 +193,14 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
         fail(error)
 
 
-def _check_recompute(args: argparse.Namespace) -> None:
+def _check_machine(args: argparse.Namespace) -> None:
+    """Refuse what this machine has not: Megatron would do so late, with a traceback."""
+    import torch
+
+    if args.use_precision_aware_optimizer and compat.installed("transformer-engine") is None:
+        raise FlagError("--use-precision-aware-optimizer: needs Transformer Engine's Adam (pip install -e '.[gpu]')")
+    if args.gdn_backend == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise FlagError("--gdn-backend triton: needs a GPU; legal here: auto, reference")
     if "layernorm" in (args.recompute_modules or ()) and args.transformer_impl == "local":
         raise FlagError(
             "--recompute-modules layernorm: Megatron's needs Transformer Engine, which does not run here; "

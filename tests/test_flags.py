@@ -44,6 +44,23 @@ REFUSED = [
     (["--save", "/dev/null/x"], ["--save /dev/null/x", "/dev/null is not a folder"]),
     (["--fp16", "--bf16"], ["--bf16 --fp16", "one of them"]),
     (["--tensor-model-parallel-size", "abc"], ["--tensor-model-parallel-size", "'abc'"]),
+    (["--z-loss", "nan"], ["--z-loss nan", "finite"]),
+    (["--gdn-states-every", "-1"], ["--gdn-states-every -1", "nearest legal: 0"]),
+    (["--main-grads-dtype", "bf16"], ["--main-grads-dtype bf16", "--use-precision-aware-optimizer"]),
+    (
+        ["--use-precision-aware-optimizer", "--without-use-distributed-optimizer"],
+        ["--use-precision-aware-optimizer", "--use-distributed-optimizer"],
+    ),
+    (["--recompute-modules", "mlp"], ["--recompute-modules mlp", "--recompute-granularity selective"]),
+    (
+        ["--recompute-granularity", "selective", "--recompute-modules", "mlp,core_attn"],
+        ["--recompute-modules mlp,core_attn", "core_attn, mlp, layernorm, gdn_norm_out"],
+    ),
+    (["--recompute-granularity", "full"], ["--recompute-granularity full", "--recompute-method uniform"]),
+    (
+        ["--recompute-granularity", "selective", "--recompute-method", "uniform"],
+        ["--recompute-method uniform", "--recompute-granularity full"],
+    ),
     (["--lr-warmup-iters", "20", "--train-iters", "20"], ["--lr-warmup-iters 20", "--train-iters 20", "19"]),
 ]
 

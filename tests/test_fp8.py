@@ -17,6 +17,8 @@ FP8 = "--fp8-format hybrid --fp8-recipe"
 REFUSED = {
     "--fp8-recipe blockwise": "without --fp8-format all runs in bf16",
     "--fp8-param-gather": "there are no such parameters",
+    f"{FP8} tensorwise --transformer-impl local": "--transformer-impl local: its linears would run in bf16",
+    f"{FP8} delayed --fp4-format e2m1": "--fp4-format e2m1: not with --fp8-format hybrid; give one of them",
     f"{FP8} custom": "legal: delayed, tensorwise, blockwise, mxfp8",
     f"{FP8} delayed --first-last-layers-bf16": "use tensorwise or blockwise",
     "--fp8-format hybrid --first-last-layers-bf16": "use tensorwise or blockwise",

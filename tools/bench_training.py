@@ -56,8 +56,12 @@ def chosen(names: list[str], groups: list[str], without: list[str], rounds: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the results; must be new or empty")
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_hybrid.tools.bench_training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, help="folder for the results; must be new or empty")
     parser.add_argument("--budget-s", type=float, default=600, help="begin no case after so many seconds (600)")
     parser.add_argument("--group", action="append", default=[], help="only this group (repeatable)")
     parser.add_argument("--case", action="append", default=[], help="only cases of this name (repeatable)")
@@ -74,6 +78,8 @@ def main() -> None:
         for case in cases:
             print(f"{case.group} / {case.name}: --preset {case.preset} {' '.join(case.flags)}")
         return
+    if args.output is None:
+        parser.error("--output: missing; give a folder for the results")
     events = args.output / "events.jsonl"
     if args.worker is not None:
         from megatron_hybrid.tools.gpu_bench.worker import run

@@ -244,7 +244,11 @@ def write(args: argparse.Namespace, rows: dict[str, dict[str, Any]], cosines: di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_hybrid.tools.fp8_acceptance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data-path", type=Path, required=True, help="prefix of .bin/.idx (uint16 ids)")
     parser.add_argument("--tokenizer-model", type=Path, required=True, help="the SentencePiece model of these ids")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results; must be new")

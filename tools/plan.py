@@ -75,7 +75,7 @@ def search_report(flags: Sequence[str], gpu_name: str, gpus: int, costs: Path | 
         lines += [f"{name} on {gpus} {gpu_name}: {'the fastest that fit' if best else 'nothing fits'}"]
         lines += [*_table(best), "", *(_detail(best[0]) if best else ()), ""]
     times = "measured layer times" if measured else "published ceilings and guessed shares of them"
-    return "\n".join([*lines, f"times are predictions from {times}; no step was measured against them"])
+    return "\n".join([*lines, f"times are predictions from {times}; no step of several GPUs was measured against them"])
 
 
 def _measured(path: Path, base: Job) -> Measured:

@@ -5,14 +5,21 @@
 #
 # DATA holds text.bin, text.idx and tokenizer.model (examples/gpu/prepare.sh makes them). OUTPUT gets check.log,
 # acceptance/ and bench/; what has been measured is written at once, so a call that is cut off loses little.
-# PART: check, acceptance, bench (all three by default); bench:GROUP for one group of bench_training.
+# PART: check, acceptance, bench (all three by default); bench:GROUP for one group of bench_training. A part that was
+# measured into OUTPUT before is not measured again. Exit status 1 where a tool did not do its part.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${1:?folder with text.bin, text.idx, tokenizer.model} OUTPUT=${2:?folder for results} BUDGET=${3:-570}
 shift $(($# < 3 ? $# : 3))
 PARTS=("${@:-}")
 [ -n "${PARTS[0]}" ] || PARTS=(check acceptance bench)
-PYTHON=${PYTHON:-python3}
+for PART in "${PARTS[@]}"; do
+    case $PART in
+    check | acceptance | bench | bench:?*) ;;
+    *) echo "error: $PART: no such part; legal: check, acceptance, bench, bench:GROUP" >&2 && exit 2 ;;
+    esac
+done
+PYTHON=${PYTHON:-python3} STATUS=0
 STARTED=$(date +%s)
 left() { echo $((BUDGET - ($(date +%s) - STARTED))); }
 say() { printf '\n[%s s] %s\n' "$(($(date +%s) - STARTED))" "$*"; }
@@ -39,7 +46,8 @@ for PART in "${PARTS[@]}"; do
         COMPILING=$!
         "$PYTHON" -m megatron_hybrid.tools.fp8_acceptance --data-path "$DATA/text" ${TINY:+--tiny} \
             --tokenizer-model "$DATA/tokenizer.model" --output "$OUTPUT/acceptance" --checkpoints "$CHECKPOINTS" \
-            --steps "${STEPS:-500}" --budget-s "$(($(left) < ${ACCEPTANCE_S:-330} ? $(left) : ${ACCEPTANCE_S:-330}))"
+            --steps "${STEPS:-500}" --budget-s "$(($(left) < ${ACCEPTANCE_S:-330} ? $(left) : ${ACCEPTANCE_S:-330}))" ||
+            STATUS=1
         kill $COMPILING 2>/dev/null
         wait $COMPILING
         ;;
@@ -47,10 +55,10 @@ for PART in "${PARTS[@]}"; do
         GROUP=${PART#bench}
         PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "$PYTHON" -m megatron_hybrid.tools.bench_training \
             ${GROUP:+--group "${GROUP#:}"} --output "$OUTPUT/bench${GROUP//[: ]/_}" ${TINY:+--tiny} \
-            --tokens "$DATA/text.bin" --budget-s "$(($(left) - 20))"
-        cat "$OUTPUT/bench${GROUP//[: ]/_}/table.md"
+            --tokens "$DATA/text.bin" --budget-s "$(($(left) - 20))" &&
+            cat "$OUTPUT/bench${GROUP//[: ]/_}/table.md" || STATUS=1
         ;;
-    *) say "unknown part $PART" ;;
     esac
 done
 say "done"
+exit $STATUS

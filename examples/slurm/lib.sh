@@ -124,7 +124,9 @@ set_defaults() {
 # which it may refer to, are its first arguments.
 load_file() {
     local file=${!#} said name known
-    [ -r "$file" ] || fail "$file: no such env file; those of the examples are in $REPO/examples/slurm/env"
+    [[ -r $file && ! -d $file ]] ||
+        fail "$file: no such env file; those of the examples are in $REPO/examples/slurm/env"
+    ! grep -q $'\r' "$file" || fail "$file: has Windows line ends; take them off with dos2unix or sed -i 's/\\r//'"
     known=" $(setting_names | tr '\n' ' ')"
     # shellcheck disable=SC2016
     said=$(env -i PATH="$PATH" HOME="$HOME" USER="${USER:-}" bash --noprofile --norc -c '

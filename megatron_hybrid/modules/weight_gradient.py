@@ -1,7 +1,8 @@
-"""--gradient-accumulation-fusion without NVIDIA's apex: weight gradients added to `main_grad` by the GEMM itself.
+"""Gradient accumulation fusion without NVIDIA's apex: weight gradients added to `main_grad` by the GEMM itself.
 
-Transformer Engine's modules do that on their own; Megatron's linear layers, the output layer among them, ask for
-apex's extension `fused_weight_gradient_mlp_cuda`. Its two functions are here, made of Transformer Engine's GEMM.
+On unless --no-gradient-accumulation-fusion is given. Transformer Engine's modules do that on their own; Megatron's
+linear layers, the output layer among them, ask for apex's extension `fused_weight_gradient_mlp_cuda`. Its two functions
+are here, made of Transformer Engine's GEMM.
 """
 
 from __future__ import annotations

@@ -130,6 +130,7 @@ def test_refused_before_submission(words: list[str], said: str, site: Path) -> N
 
 FILES = [
     ("NODESS=3", "NODESS: no such setting; nearest: NODES"),
+    ("NODES=3\r", "has Windows line ends"),
     ("NODES = 3", "line 3: NODES: command not found"),
     ("FROM=$RUNZ/x", "line 3: RUNZ: unbound variable"),
     ('NAME="x', "unexpected EOF"),

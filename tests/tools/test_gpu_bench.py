@@ -48,6 +48,18 @@ def test_help_and_bad_names(tool: str, tmp_path: Path) -> None:
         assert ended.returncode == 1 and "error: x: no such file; " in ended.stderr
 
 
+def test_the_list_needs_no_folder_and_a_question_must_be_one(tmp_path: Path) -> None:
+    assert "--preset olmo-hybrid-7b" in _run("bench_training", "--list").stdout
+    assert "error: --output: missing" in _run("bench_training").stderr
+    question = tmp_path / "question.json"
+    question.write_text('{"preset": "olmo-hybrid-tiny"}')
+    ended = _run("gpu_bench.gradients", str(question), "x")
+    assert ended.returncode == 1 and "has no 'flags'; tools.fp8_acceptance writes such" in ended.stderr
+    for tool in ("gradients", "rounding"):
+        ended = _run(f"gpu_bench.{tool}", str(tmp_path / "none"), "x")
+        assert ended.returncode == 1 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

@@ -8,10 +8,10 @@ QUESTION: {preset, flags, tokenizer: flags, tokens: raw uint16 file, variants: {
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import re
-import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from megatron_hybrid.tools.cli import ToolError, run_cli
 from megatron_hybrid.tools.gpu_bench import harness
 
 #: Delayed scaling knows the range of its tensors after it has seen them.
@@ -84,9 +85,29 @@ def _layer(parameter: str) -> str:
     return found[1] if found else parameter
 
 
+def question_and_answer(description: str | None) -> tuple[dict[str, Any], Path]:
+    """What the command line names: the question as it was read, and where the answer goes.
+
+    Raises:
+        ToolError: a question that is no JSON, or lacks a part.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", type=Path)
+    parser.add_argument("answer", type=Path)
+    args = parser.parse_args()
+    try:
+        question: dict[str, Any] = json.loads(args.question.read_text())
+        missing = [name for name in ("preset", "flags", "tokenizer", "tokens", "variants") if name not in question]
+    except ValueError as error:
+        raise ToolError(f"{args.question}: not JSON ({error})") from None
+    if missing:
+        raise ToolError(f"{args.question}: has no {missing[0]!r}; tools.fp8_acceptance writes such files")
+    return question, args.answer
+
+
 def main() -> None:
     logging.disable(logging.WARNING)
-    question, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    question, output = question_and_answer(__doc__)
     tokens = harness.read_tokens(question["tokens"])[: 2**20]
     harness.start()
     reference: Gradients | None = None
@@ -111,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

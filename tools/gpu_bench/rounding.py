@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_hybrid.tools.cli import run_cli
 from megatron_hybrid.tools.gpu_bench import harness
-from megatron_hybrid.tools.gpu_bench.gradients import Gradients, cosines, table
+from megatron_hybrid.tools.gpu_bench.gradients import Gradients, cosines, question_and_answer, table
 
 #: The linears that docs/fp8.md lists.
 IN_FP8 = ("in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -62,7 +61,7 @@ def gradients_of(model: harness.Trained, tokens: torch.Tensor, in_fp8: bool) -> 
 
 def main() -> None:
     logging.disable(logging.WARNING)
-    question, answer = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    question, answer = question_and_answer(__doc__)
     tokens = harness.read_tokens(question["tokens"])[: 2**20]
     harness.start()
     flags = [*question["flags"], *question["tokenizer"], "--mock-data", "--no-skip-step"]
@@ -78,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)
