@@ -55,8 +55,6 @@ def average(options: AverageOptions) -> str:
     check_weights(options.weights, len(options.checkpoints))
     folders = [find_source(text) for text in options.checkpoints]
     output = options.output.resolve()
-    if output in {path for folder in folders for path in (folder, folder.parent)}:
-        raise ToolError(f"--output {options.output}: a source is in it; give another folder")
     described = same_model(folders)
     sources = [TorchDistCheckpoint(folder) for folder in folders]
     names = common_names(sources, options.optimizer)
@@ -65,7 +63,7 @@ def average(options: AverageOptions) -> str:
             raise ToolError(f"{faults[0]}; use another iteration or copy it again")
     total_bytes = sum(stored_bytes(sources[0], name) for name in names)
     name = folders[0].name if options.optimizer else RELEASE
-    with new_folder(output, total_bytes, options.force) as working:
+    with new_folder(output, total_bytes, options.force, folders) as working:
         write_json(working / SIDECAR_FILE, described)
         hashes = write_mean(sources, names, options, described, working / name)
         commit.adopt(working / name, first_s_description(folders[0]) if options.optimizer else {}, hashes)

@@ -19,6 +19,7 @@ from megatron_hybrid.tools.compare_logits import compare_logits
 from megatron_hybrid.tools.convert import ExportOptions, export, output_folder, to_huggingface
 from megatron_hybrid.tools.convert.hf_config import hf_config
 from megatron_hybrid.tools.convert.output_folder import parse_size
+from megatron_hybrid.tools.convert.to_megatron import ImportOptions, import_model
 from megatron_hybrid.tools.direct_io import DirectWriter
 from megatron_hybrid.tools.generate import Sampling, generate, load_tokenizer
 from megatron_hybrid.tools.hf_logits import hf_logits, load_model
@@ -235,6 +236,25 @@ def test_force_does_not_remove_what_is_no_export(checkpoints: dict[int, Path], t
             export(ExportOptions(checkpoints[1], tmp_path / output, force=True))
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
     assert (tmp_path / "hf.tmp" / "mine").exists()
+
+
+def test_a_source_is_never_replaced_or_written_into(checkpoints: dict[int, Path], tmp_path: Path) -> None:
+    """An export of an import holds conversion.json, which lets --force replace it: not while it is what is read."""
+    shutil.copytree(checkpoints[1], tmp_path / "ck")
+    (tmp_path / "ck" / "conversion.json").write_text("{}")
+    hf = tmp_path / "hf"
+    export(ExportOptions(tmp_path / "ck", hf))
+    (tmp_path / "link").symlink_to(hf)
+    files = sorted(tmp_path.rglob("*"))
+    for convert, source, output in (
+        (lambda a, b: export(ExportOptions(a, b, force=True)), tmp_path / "ck", tmp_path / "ck"),
+        (lambda a, b: export(ExportOptions(a, b, force=True)), tmp_path / "ck", tmp_path / "ck" / "hf"),
+        (lambda a, b: import_model(ImportOptions(a, b, force=True)), hf, hf),
+        (lambda a, b: import_model(ImportOptions(a, b, force=True, follow_symlinks=True)), tmp_path / "link", hf),
+    ):
+        with pytest.raises(ToolError, match=r"--output .*(a source is in it|it lies in a source)"):
+            convert(source, output)
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_what_a_killed_export_left_is_replaced(checkpoints: dict[int, Path], tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_rounding_alone_changes_every_gradient_a_little(tmp_path: Path) -> None:
         "flags": flags.split(),
         "tokenizer": ["--tokenizer-type", "NullTokenizer", "--vocab-size", "255"],
         "tokens": str(tmp_path / "tokens.bin"),
+        "variants": {},
     }
     (tmp_path / "question.json").write_text(json.dumps(question))
     ended = _run("gpu_bench.rounding", str(tmp_path / "question.json"), str(tmp_path / "answer.json"))

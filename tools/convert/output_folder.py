@@ -8,7 +8,7 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,20 @@ SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB":
 
 
 @contextmanager
-def new_folder(output: Path, needed_bytes: int, force: bool) -> Iterator[Path]:
+def new_folder(output: Path, needed_bytes: int, force: bool, sources: Sequence[Path]) -> Iterator[Path]:
     """Yields the folder to write into, beside `output`; it gets `output`'s name when the block succeeds.
 
     Args:
         output: absolute path of the folder to make.
         needed_bytes: what the disk must have free.
         force: replace an earlier conversion there.
+        sources: what is read, which must not be replaced or written into.
 
     Raises:
         ToolError: something is in the way, or the disk is too small. If the block raises, nothing is left that was
             not there before.
     """
+    check_apart(output, sources)
     check_output(output, force)
     working = make_working_folder(output, needed_bytes)
     try:
@@ -44,6 +46,16 @@ def new_folder(output: Path, needed_bytes: int, force: bool) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise
+
+
+def check_apart(output: Path, sources: Sequence[Path]) -> None:
+    """Raises ToolError when `output` holds a source or lies in one."""
+    target = output.resolve()
+    for source in (source.resolve() for source in sources):
+        if target == source or target in source.parents:
+            raise ToolError(f"--output {output}: a source is in it, {source}; give another folder")
+        if source in target.parents:
+            raise ToolError(f"--output {output}: it lies in a source, {source}; give another folder")
 
 
 def check_output(output: Path, force: bool) -> None:

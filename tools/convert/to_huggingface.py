@@ -76,7 +76,7 @@ def export(options: ExportOptions) -> str:
     source = open_megatron(options.checkpoint, options.iteration)
     shards = plan_shards(planned_tensors(source, options), options.max_shard_bytes)
     tensors = [tensor for shard in shards for tensor in shard]
-    with new_folder(output, sum(t.size_bytes for t in tensors), options.force) as working:
+    with new_folder(output, sum(t.size_bytes for t in tensors), options.force, [options.checkpoint]) as working:
         # Before the weights: what is wrong with a tokenizer shows at once.
         write_json(working / "config.json", hf_config(source.config, tensors[0].dtype))
         write_json(working / "generation_config.json", generation_config(source.config))

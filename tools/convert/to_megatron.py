@@ -91,7 +91,7 @@ def import_model(options: ImportOptions) -> str:
         for rule in source.rules
     )
     folder = iteration_folder_name(adam.step) if adam else RELEASE
-    with new_folder(output, needed_bytes, options.force) as working:
+    with new_folder(output, needed_bytes, options.force, [options.model]) as working:
         write_json(working / SIDECAR_FILE, sidecar(source.config))
         (working / TOKENIZER_FOLDER).mkdir()
         if not copy_tokenizer(options.config or source.folder, working / TOKENIZER_FOLDER):

@@ -47,7 +47,7 @@ def export_olmo_core(options: OlmoCoreOptions) -> str:
             source.checkpoint.check(f"optimizer.state.{state}.{rule.megatron}")
     parameters = sum(math.prod(shape) for rule in source.rules for _, shape in rule.hf)
     total_bytes = 4 * len(states) * parameters
-    with new_folder(output, total_bytes, options.force) as working:
+    with new_folder(output, total_bytes, options.force, [options.checkpoint]) as working:
         (working / CONFIG_FOLDER).mkdir()
         write_json(working / CONFIG_FOLDER / "config.json", hf_config(source.config, "float32"))
         hashes = write_states(source, groups, working, total_bytes)
