@@ -27,9 +27,11 @@ _SWITCHES = (
     *("bf16", "fp16", "use-distributed-optimizer", "sequence-parallel", "fp8-param-gather"),
     *("recompute-activations", "overlap-grad-reduce", "overlap-param-gather", "grad-reduce-in-bf16"),
     *("use-precision-aware-optimizer", "no-gradient-accumulation-fusion"),
+    *("fp4-param-gather", "init-model-with-meta-device"),
 )
 #: Bytes of a number, by Megatron's name.
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+_PADDED = ": not supported where tensor parallelism pads, as --tensor-model-parallel-size {} does here; leave it out"
 _OPTIMIZER_DTYPES = ("main-grads-dtype", "main-params-dtype", "exp-avg-dtype", "exp-avg-sq-dtype")
 
 
@@ -60,7 +62,7 @@ class Job:
     master_bytes: int = 4
     recompute: tuple[str, ...] = ()
     recompute_layers: int = 1
-    fp8: str = ""  # the recipe
+    fp8: str = ""  # the recipe; nvfp4 is planned as one of FP8
     fp8_param_gather: bool = False
     overlap: bool = False
     states_every: int = 0
@@ -107,8 +109,8 @@ class Job:
             fused_gradients=not v.no_gradient_accumulation_fusion,
             recompute=modules,
             recompute_layers=v.recompute_num_layers if v.recompute_method != "block" else 1,
-            fp8=(v.fp8_recipe if v.fp8_format else ""),
-            fp8_param_gather=v.fp8_param_gather,
+            fp8="nvfp4" if v.fp4_format else v.fp8_recipe if v.fp8_format else "",
+            fp8_param_gather=v.fp8_param_gather or v.fp4_param_gather,
             overlap=v.overlap_grad_reduce,
             states_every=v.gdn_states_every,
             loss_chunk_tokens=v.loss_chunk_tokens,
@@ -120,6 +122,8 @@ class Job:
             local=v.transformer_impl == "local",
         )
         check_fp8(job)
+        if v.init_model_with_meta_device and job.held != sizes:
+            raise FlagError("--init-model-with-meta-device" + _PADDED.format(tp))
         return job
 
     @cached_property
@@ -171,7 +175,7 @@ def _optimizer_bytes(v: argparse.Namespace) -> dict[str, int]:
         return {"grad_bytes": 2 if v.grad_reduce_in_bf16 and v.bf16 else 4}
     # Transformer Engine's Adam keeps the lower half of a master beside a bf16 parameter. With FP8 parameters, and with
     # all recipes but delayed scaling, Megatron keeps the whole.
-    whole = v.fp8_format and (v.fp8_recipe != "delayed" or v.fp8_param_gather)
+    whole = (v.fp8_format or v.fp4_format) and (v.fp8_recipe != "delayed" or v.fp8_param_gather)
     remainder = v.bf16 and v.main_params_dtype == "fp32" and not whole
     return {
         "grad_bytes": _BYTES[v.main_grads_dtype],
@@ -243,14 +247,16 @@ def check_gpu(job: Job, gpu: Gpu) -> None:
     legal = fp8.possible(gpu.capability)
     if job.fp8 and job.fp8 not in legal:
         nearest = [recipe for recipe in fp8.RECIPES if recipe in legal][-1]
-        raise FlagError(
-            f"--fp8-recipe {job.fp8}: not on {gpu.name}; nearest legal: {nearest}; legal: {', '.join(legal)}"
-        )
+        flag = "--fp4-format e2m1" if job.fp8 == "nvfp4" else f"--fp8-recipe {job.fp8}"
+        raise FlagError(f"{flag}: not on {gpu.name}; nearest legal: {nearest}; legal: {', '.join(legal)}")
 
 
 def check_fp8(job: Job) -> None:
-    """Raises fp8.Fp8Error: a width or a number of tokens on a rank that the recipe cannot take."""
+    """Raises fp8.Fp8Error: a width, a number of tokens on a rank or padding that the recipe cannot take."""
     s = job.sizes
+    if job.fp8_param_gather and job.held != s:
+        flag = "--fp4-param-gather" if job.fp8 == "nvfp4" else "--fp8-param-gather"
+        raise fp8.Fp8Error(flag + _PADDED.format(job.tp))
     settings = {
         "fp8": job.fp8,
         "fp8_recipe": job.fp8,
@@ -283,7 +289,13 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
     for name, text in (
         *(("hybrid-layer-pattern", ""), ("position-embedding-type", "learned_absolute"), ("qk-norm-width", "full")),
         *(("norm-placement", "released"), ("gdn-cp-comm-type", "auto"), ("transformer-impl", "transformer_engine")),
-        *(("fp8-format", ""), ("fp8-recipe", "delayed"), ("recompute-granularity", ""), ("recompute-method", "")),
+        *(
+            ("fp4-format", ""),
+            ("fp8-format", ""),
+            ("fp8-recipe", "delayed"),
+            ("recompute-granularity", ""),
+            ("recompute-method", ""),
+        ),
     ):
         parser.add_argument(f"--{name}", default=text)
     for name in _OPTIMIZER_DTYPES:

@@ -52,7 +52,13 @@ def search(base: Job, gpus: int, gpu: Gpu, fp8: Sequence[str], measured: Measure
     """
     room = (gpu.memory_gib - RESERVED_GIB) * memory.GIB
     found = []
-    for split in _splits(base, gpus, gpu):
+    splits = list(_splits(base, gpus, gpu))
+    if not splits:
+        raise FlagError(
+            f"--gpus {gpus}: no layout divides them so that --global-batch-size {base.global_batch} divides too; give "
+            "another number of GPUs, or another batch"
+        )
+    for split in splits:
         for recipe in fp8:
             job = replace(split, fp8=recipe)
             if not _fits_fp8(job):
@@ -123,7 +129,9 @@ def flags(job: Job) -> str:
         words.append("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
     elif job.recompute:
         words.append(f"--recompute-granularity selective --recompute-modules {' '.join(job.recompute)}")
-    if job.fp8:
+    if job.fp8 == "nvfp4":
+        words.append("--fp4-format e2m1")
+    elif job.fp8:
         words.append(
             f"--fp8-format {'hybrid' if job.fp8 in ('tensorwise', 'delayed') else 'e4m3'} --fp8-recipe {job.fp8}"
         )

@@ -42,6 +42,11 @@ def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         ),
         ("--vocab-size 100278 --padded-vocab-size 100000", "--padded-vocab-size 100000: smaller than --vocab-size"),
         ("--fp8-format e4m3 --fp8-recipe mxfp8", "--fp8-recipe mxfp8: not on H100; nearest legal: blockwise"),
+        ("--fp4-format e2m1", "--fp4-format e2m1: not on H100; nearest legal: blockwise"),
+        (
+            "--tensor-model-parallel-size 4 --fp8-format hybrid --fp8-recipe tensorwise --fp8-param-gather",
+            "--fp8-param-gather: not supported where tensor parallelism pads, as --tensor-model-parallel-size 4 does",
+        ),
         ("--fp8-format hybrid --ffn-hidden-size 11000", "the MLP (--ffn-hidden-size, columns of linear_fc2) has 11000"),
         ("", "--gpu H100: 81."),
         ("--micro-batch-size x", "--micro-batch-size x: must be a whole number"),
@@ -57,6 +62,11 @@ def test_check_refuses(given: str, said: str, capsys: pytest.CaptureFixture[str]
     status, out, err = _run(capsys, "check", *H100, "--", *given.split())
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+def test_search_says_when_nothing_divides(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = _run(capsys, "search", "--gpu", "B200", "--gpus", "7", "--preset", "olmo-hybrid-7b")
+    assert status == 2 and "--gpus 7: no layout divides them so that --global-batch-size 512 divides too" in err
 
 
 def test_check_and_search_need_no_torch_and_no_numpy() -> None:

@@ -48,6 +48,8 @@ def verify(options: VerifyOptions) -> list[Row]:
     Raises:
         ToolError: one of the two cannot be read at all.
     """
+    if options.weights_only and options.text:
+        raise ToolError(f"--text {options.text}: with --weights-only no model reads it; give one of the two")
     source = open_megatron(options.checkpoint, options.iteration)
     if not options.model.is_dir():
         raise ToolError(f"--model {options.model}: no such folder; give a folder with config.json and safetensors")
