@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def main() -> None:
     cases = chosen(args.case, args.group, args.without, args.rounds, args.tiny)
     if args.list:
         for case in cases:
-            print(f"{case.group} / {case.name}: --preset {case.preset} {' '.join(case.flags)}")
+            print(f"{case.group} / {case.name}: --preset {case.preset} {shlex.join(case.flags)}")
         return
     if args.output is None:
         parser.error("--output: missing; give a folder for the results")

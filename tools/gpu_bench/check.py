@@ -5,6 +5,7 @@ python -m megatron_hybrid.tools.gpu_bench.check
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import traceback
 from collections.abc import Callable
@@ -55,6 +56,7 @@ def attention() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(software(), flush=True)
     checks: dict[str, Callable[[], object]] = {
         f"import {name}": lambda name=name: importlib.import_module(name)  # type: ignore[misc]
