@@ -110,7 +110,7 @@ def test_wsds_resumes_and_refuses_another_schedule() -> None:
         (["--wsds-periods", "10,100", "--lr-decay-style", "WSD"], "--lr-warmup-iters 10: .*nearest legal: 9"),
         (["--fp16"], "--fp16: --skip-step cannot take back"),
         (["--optimizer", "muon"], "--optimizer muon: --skip-step cannot take back"),
-        (["--z-loss", "-1"], "--z-loss -1.0: must not be negative"),
+        (["--z-loss", "-1"], "--z-loss -1.0: must be finite and not negative"),
     ],
 )
 def test_refused_in_one_line(given: list[str], said: str) -> None:

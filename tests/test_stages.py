@@ -124,7 +124,7 @@ def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         "1,414,078 = 5,931,073,011,712 tokens; data seed 34521",
         "cosine: first 0, peak 0.0003 at 2,000, last 3e-05 at 1,414,078",
         "7,430,870,688; without the input embedding 7,045,519,008",
-        "weights 6.92, gradients 13.84, optimizer 5.19",
+        "weights 6.92, gradients 14.46, optimizer 5.19",
         "--weight-decay: 0.2 instead of 0.1",
     ):
         assert part in printed
