@@ -74,7 +74,7 @@ def search_report(flags: Sequence[str], gpu_name: str, gpus: int, costs: Path | 
         name = f"FP8 {recipe}" if recipe else "bf16"
         lines += [f"{name} on {gpus} {gpu_name}: {'the fastest that fit' if best else 'nothing fits'}"]
         lines += [*_table(best), "", *(_detail(best[0]) if best else ()), ""]
-    times = "measured layer times" if measured else "published ceilings and guessed shares of them"
+    times = "measured layer times" if measured else "published ceilings and shares of them (docs/planning.md)"
     return "\n".join([*lines, f"times are predictions from {times}; no step of several GPUs was measured against them"])
 
 

@@ -20,7 +20,7 @@ from megatron_hybrid.checkpoint import commit, discovery
 from megatron_hybrid.checkpoint.sidecar import FILE_NAME as SIDECAR_FILE
 from megatron_hybrid.tools.cli import ToolError, byte_progress_bar, run_cli
 from megatron_hybrid.tools.convert.dcp_writer import DcpWriter
-from megatron_hybrid.tools.convert.output_folder import RECORD_FILE, new_folder, read_json, write_json
+from megatron_hybrid.tools.convert.output_folder import RECORD_FILE, check_apart, new_folder, read_json, write_json
 from megatron_hybrid.tools.convert.to_megatron import RELEASE, common_state
 from megatron_hybrid.tools.dcp_reader import CONFIG_FILE, FLOAT_DTYPES, METADATA_FILE, TRACKER_FILE, TorchDistCheckpoint
 from megatron_hybrid.tools.hf_mapping import config_from_sidecar
@@ -55,6 +55,7 @@ def average(options: AverageOptions) -> str:
     check_weights(options.weights, len(options.checkpoints))
     folders = [find_source(text) for text in options.checkpoints]
     output = options.output.resolve()
+    check_apart(output, folders)  # before every byte is read
     described = same_model(folders)
     sources = [TorchDistCheckpoint(folder) for folder in folders]
     names = common_names(sources, options.optimizer)
