@@ -16,10 +16,11 @@ from pathlib import Path
 
 from megatron_hybrid.flags import FlagError
 from megatron_hybrid.pretrain import fail, prepare, provide_model
+from megatron_hybrid.tools.cli import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m megatron_hybrid.logits",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -26,6 +26,7 @@ from megatron_hybrid.flags import FlagError, check, check_names, compose, print_
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.plan import plan
 from megatron_hybrid.presets import NAMES
+from megatron_hybrid.tools.cli import Parser
 from megatron_hybrid.training import survival
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ OWN_SPECS = (
 
 def own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """This command's own flags, and the rest, which is Megatron's and the plugin's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m megatron_hybrid.pretrain",
         description="Train an OLMo-Hybrid with Megatron's own trainer; under torchrun on several ranks. "
         "Other flags are Megatron's (--help-all).",

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_hybrid.kernels import gated_delta, reference
 from megatron_hybrid.kernels.self_test import relative_error
+from megatron_hybrid.tools.cli import Parser
 from megatron_hybrid.tools.gpu_bench.fla import allow_fla_backward, compile_side_by_side
 
 Run = Callable[[], Any]
@@ -219,7 +220,7 @@ def print_errors(H: int, K: int, V: int, with_fla: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m megatron_hybrid.tools.bench_kernels",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 
 REFERENCE_MB = 8.0  # of text the reference encodes; it is slow
 STAGES = ("read", "parse", "encode", "check", "write", "rest")
@@ -289,7 +289,7 @@ def bench(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of this tool."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m megatron_hybrid.tools.bench_preprocess",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

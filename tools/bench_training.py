@@ -21,7 +21,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 from megatron_hybrid.tools.gpu_bench import report
 from megatron_hybrid.tools.gpu_bench.cases import CASES, WARM_UP, Case, tiny, visits
 
@@ -57,7 +57,7 @@ def chosen(names: list[str], groups: list[str], without: list[str], rounds: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m megatron_hybrid.tools.bench_training",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_hybrid.tools.atomic_file import atomic_open
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 
 MAX_TASKS = 256  # each makes a file of signatures per bucket
 STEPS = ("exact", "minhash", "decontaminate")
@@ -28,7 +28,7 @@ STEPS = ("exact", "minhash", "decontaminate")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m megatron_hybrid.tools.clean",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,5 +1,6 @@
 """What the command-line tools share: errors that are one line, and a progress bar that stays out of logs."""
 
+import argparse
 import os
 import select
 import shutil
@@ -13,6 +14,13 @@ if TYPE_CHECKING:
 
 class ToolError(RuntimeError):
     """A fault the user can act on. Its text is the whole message; no traceback is shown for it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but what is wrong with a command is one line: the usage of dozens of flags would bury it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def run_cli(main: Callable[[], None]) -> NoReturn:

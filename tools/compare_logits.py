@@ -7,13 +7,12 @@ Exit status: 0 when the largest absolute difference is within the tolerance, 1 w
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,9 +105,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 def main() -> None:
     """Entry point; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_hybrid.tools.compare_logits", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser(prog="python -m megatron_hybrid.tools.compare_logits", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--reference", type=Path, required=True, help="safetensors file with the right logits")
     parser.add_argument("--candidate", type=Path, required=True, help="safetensors file with the logits to judge")
     parser.add_argument("--tolerance", type=float, required=True, help="largest absolute difference that passes")

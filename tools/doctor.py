@@ -8,7 +8,6 @@ the kernels are right on a GPU is what their self-test finds out, at the start o
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import re
@@ -25,6 +24,7 @@ from textwrap import shorten
 
 from megatron_hybrid import compat
 from megatron_hybrid.flags import print_report
+from megatron_hybrid.tools.cli import Parser
 
 #: What the project was verified with together; setup.py pins the same.
 VERIFIED = {
@@ -296,7 +296,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argparse.ArgumentParser(
+    Parser(
         prog="python -m megatron_hybrid.tools.doctor",
         description="One table of what would stop a run here or make it wrong; exit status 1 when a row is red.",
         allow_abbrev=False,

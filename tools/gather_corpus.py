@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_hybrid.tools.atomic_file import atomic_open
-from megatron_hybrid.tools.cli import ToolError, byte_progress_bar, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, byte_progress_bar, run_cli
 
 SUFFIXES = frozenset({".py", ".rst", ".txt", ".md"})
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "_bundled"})
@@ -151,7 +151,7 @@ def gather(output: Path, max_mb: float | None, seed: int) -> Tally:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of this tool."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m megatron_hybrid.tools.gather_corpus",
         description="Gathers the sources and documentation of this Python into a small JSONL corpus.",
     )

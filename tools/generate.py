@@ -7,13 +7,12 @@ Greedy unless --temperature is above 0. Prompts run one after the other, since p
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 from megatron_hybrid.tools.hf_logits import load_model
 
 
@@ -84,9 +83,7 @@ def generate(folder: Path, prompts: Sequence[str], sampling: Sampling) -> list[s
 def main() -> None:
     """Entry point; see the module's docstring."""
     defaults = Sampling()
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_hybrid.tools.generate", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser(prog="python -m megatron_hybrid.tools.generate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder with a tokenizer")
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="texts to continue")
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="default: %(default)s")

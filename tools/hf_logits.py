@@ -9,12 +9,11 @@ shares no model code and no state. Each document is run by itself, without paddi
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 from megatron_hybrid.tools.convert.questions import answers
 
 if TYPE_CHECKING:
@@ -75,9 +74,7 @@ def document_logits(model: Any, tokens: Tensor, lengths: list[int] | None) -> Te
 
 def main() -> None:
     """Entry point; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_hybrid.tools.hf_logits", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser(prog="python -m megatron_hybrid.tools.hf_logits", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--tokens", type=Path, required=True, help='safetensors file with "tokens", int64 [B, T]')
     parser.add_argument("--output", type=Path, required=True, help='safetensors file to write "logits" to')

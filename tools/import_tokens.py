@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 
 if TYPE_CHECKING:
     import numpy as np
@@ -183,7 +183,7 @@ def find_files(arguments: list[str]) -> Iterator[tuple[Path, Path]]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of this tool."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m megatron_hybrid.tools.import_tokens",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

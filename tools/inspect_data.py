@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 
 if TYPE_CHECKING:
     from megatron_hybrid.tools.corpus.tokenizer_file import TokenizerFile
@@ -209,7 +209,7 @@ def merge(args: argparse.Namespace) -> None:
 
 def parser(command: str) -> argparse.ArgumentParser:
     """The command line of one of COMMANDS."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog=f"python -m megatron_hybrid.tools.inspect_data {command}",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -243,7 +243,9 @@ def main() -> None:
         if help_asked:
             print(f"usage: python -m megatron_hybrid.tools.inspect_data COMMAND ...\n\n{__doc__}")
             return
-        raise ToolError(f"{words[0] if words else 'no command'}: choose one of {', '.join(COMMANDS)}")
+        Parser(prog="python -m megatron_hybrid.tools.inspect_data").error(
+            f"{words[0] if words else 'no command'}: choose one of {', '.join(COMMANDS)}"
+        )
     functions = {"info": info, "verify": verify, "show": show, "stats": stats, "diff": diff, "merge": merge}
     functions[words[0]](parser(words[0]).parse_args(words[1:]))
 

@@ -23,7 +23,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 
 if TYPE_CHECKING:
     from megatron_hybrid.tools.corpus.mixture import Dataset, Row, SourcePlan, Stage
@@ -234,7 +234,7 @@ def write_outputs(
 
 def parser() -> argparse.ArgumentParser:
     """The command line of this tool."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m megatron_hybrid.tools.mix",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -21,6 +21,7 @@ from megatron_hybrid.planning.job import Job, check_gpu, check_microbatches
 from megatron_hybrid.planning.remedies import remedy
 from megatron_hybrid.planning.search import Found
 from megatron_hybrid.planning.timing import Measured
+from megatron_hybrid.tools.cli import Parser
 
 #: Flags that `search` chooses itself.
 _CHOSEN = (
@@ -124,7 +125,7 @@ def _positive(text: str) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="python -m megatron_hybrid.tools.plan", allow_abbrev=False)
+    parser = Parser(prog="python -m megatron_hybrid.tools.plan", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("check", "refuse what cannot run or does not fit: exit status 2 and one line"),

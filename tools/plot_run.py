@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.tools.atomic_file import atomic_open
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 
 EVENT_FILES = "events.out.tfevents.*"
 LOSS = "lm loss"
@@ -177,7 +177,7 @@ def write_page(series: dict[str, Series], title: str, picture: Path, output: Pat
 
 def parser() -> argparse.ArgumentParser:
     """The command line of this tool."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m megatron_hybrid.tools.plot_run",
         description="Draws loss, learning rate, gradient norm and throughput of a run from its TensorBoard files: "
         "one PNG and, beside it, one self-contained HTML page.",

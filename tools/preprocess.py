@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 
 if TYPE_CHECKING:
     from megatron_hybrid.tools.corpus.plan import Plan
@@ -341,7 +341,7 @@ def _add_finish_flags(result: argparse.ArgumentParser) -> None:
 
 def parser(command: str = "run") -> argparse.ArgumentParser:
     """The command line of one of COMMANDS."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog=f"python -m megatron_hybrid.tools.preprocess{'' if command == 'run' else ' ' + command}",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,10 +1,9 @@
 """The summary table at the end of examples/quickstart.sh, from the files the run left."""
 
-import argparse
 import json
 from pathlib import Path
 
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 from megatron_hybrid.tools.plot_run import LOSS, read_series
 from megatron_hybrid.tools.watch_training import read_iterations
 
@@ -55,7 +54,7 @@ def _line(text: str, start: str) -> str:
 
 def main() -> None:
     """Command-line entry point."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_hybrid.tools.quickstart_report", description=__doc__)
+    parser = Parser(prog="python -m megatron_hybrid.tools.quickstart_report", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of the quickstart's run")
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--device", required=True)

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_hybrid.tools.atomic_file import atomic_open
-from megatron_hybrid.tools.cli import ToolError, byte_progress_bar, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, byte_progress_bar, run_cli
 from megatron_hybrid.tools.jsonl_reader import RejectedLine, parse_text, read_lines
 
 EOD_PIECE = "<|endoftext|>"
@@ -164,7 +164,7 @@ def train_tokenizer(args: argparse.Namespace) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of this tool."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m megatron_hybrid.tools.train_tokenizer",
         description="Trains a small, lossless SentencePiece BPE tokenizer on a JSONL corpus.",
     )

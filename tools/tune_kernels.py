@@ -20,6 +20,7 @@ import torch
 import triton
 
 from megatron_hybrid.kernels.configs import DEFAULTS, TABLE, Launch, trial
+from megatron_hybrid.tools.cli import Parser
 
 #: Tried for each kernel besides the default. Columns stay at 64 where a matrix product wants 64 rows.
 CANDIDATES = {
@@ -202,7 +203,7 @@ def tune(H: int, K: int, V: int, T: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m megatron_hybrid.tools.tune_kernels",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

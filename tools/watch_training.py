@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hybrid.tools.cli import run_cli
+from megatron_hybrid.tools.cli import Parser, run_cli
 
 _ITERATION = re.compile(
     r"iteration\s+(?P<step>\d+)/\s*(?P<total>\d+) \|.*?elapsed time per iteration \(ms\): (?P<ms>[\d.]+)"
@@ -76,7 +76,7 @@ def _print(found: Iteration) -> None:
 
 def main() -> None:
     """Command-line entry point."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m megatron_hybrid.tools.watch_training",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.checkpoint import commit, discovery
 from megatron_hybrid.checkpoint.sidecar import FILE_NAME as SIDECAR_FILE
-from megatron_hybrid.tools.cli import ToolError, byte_progress_bar, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, byte_progress_bar, run_cli
 from megatron_hybrid.tools.convert.dcp_writer import DcpWriter
 from megatron_hybrid.tools.convert.output_folder import RECORD_FILE, check_apart, new_folder, read_json, write_json
 from megatron_hybrid.tools.convert.to_megatron import RELEASE, common_state
@@ -277,7 +277,7 @@ def parse_weights(text: str) -> tuple[float, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m megatron_hybrid.checkpoint.average",
         description="Write the mean of checkpoints of one model, saved under any layouts, as a checkpoint that "
         "training loads. Iteration, schedules, consumed samples and random state are those of the first.",

@@ -11,7 +11,6 @@ goes first. Hashes are xxh3-128: against damage, not against somebody who wants 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -23,7 +22,7 @@ from typing import IO, Any
 import xxhash
 
 from megatron_hybrid.tools.atomic_file import atomic_open, fsync_folder
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 from megatron_hybrid.tools.dcp_reader import TRACKER_FILE, require_complete
 
 MANIFEST = "manifest.json"
@@ -185,7 +184,7 @@ def adopt(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m megatron_hybrid.checkpoint.commit",
         description="Hash and mark complete checkpoints that something else than this project saved, so that "
         "megatron_hybrid.pretrain loads them.",

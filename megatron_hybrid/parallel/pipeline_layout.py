@@ -24,6 +24,7 @@ from megatron_hybrid import flops
 from megatron_hybrid.flags import FlagError, compose, print_report
 from megatron_hybrid.parallel.pipeline_schedule import Playback, play
 from megatron_hybrid.parallel.pipeline_search import Row, best_cuts
+from megatron_hybrid.tools.cli import Parser
 
 #: {part: cost}; FLOPs per token or ms per microbatch, forward and backward.
 Parts = Mapping[str, float]
@@ -329,7 +330,7 @@ def report(planned: Plan, microbatches: int) -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m megatron_hybrid.parallel.pipeline_layout",
         description="Balance pipeline stages. Size flags of Megatron (--hidden-size, --seq-length, ...) are understood "
         "and replace the preset's.",

@@ -16,25 +16,28 @@ from megatron_hybrid.tools.cli import ToolError, run_cli
 
 TOOLS = [
     *("gather_corpus", "train_tokenizer", "preprocess", "plot_run"),
-    *("inspect_data", "mix", "import_tokens", "bench_preprocess", "convert"),
+    *("inspect_data", "mix", "import_tokens", "bench_preprocess", "convert", "clean", "plan"),
 ]
 HEAVY = {"torch", "megatron", "transformers", "tensorboard", "matplotlib", "sentencepiece", "zstandard"}
 HEAVY |= {"pyarrow", "fastokens", "tokenizers", "fsspec", "isal"}
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_help_imports_nothing_heavy(tool: str) -> None:
+def test_help_imports_nothing_heavy_and_a_usage_error_is_one_line(tool: str) -> None:
     script = (
         "import runpy, sys\n"
-        "sys.argv = ['tool', '--help']\n"
-        "try:\n"
-        f"    runpy.run_module('megatron_hybrid.tools.{tool}', run_name='__main__')\n"
-        "except SystemExit as stop:\n"
-        "    assert stop.code == 0\n"
-        f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)\n"
+        "for words, status in (['--help'], 0), (['--no-such-flag'], 2):\n"
+        "    sys.argv = ['tool', *words]\n"
+        "    try:\n"
+        f"        runpy.run_module('megatron_hybrid.tools.{tool}', run_name='__main__')\n"
+        "    except SystemExit as stop:\n"
+        "        assert stop.code == status, stop.code\n"
+        f"    print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)\n"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert run.stderr == "[]\n"
+    free, error, still_free = run.stderr.splitlines()
+    assert free == still_free == "[]"
+    assert error.startswith("error: ") and f"; see python -m megatron_hybrid.tools.{tool}" in error
     assert f"python -m megatron_hybrid.tools.{tool}" in run.stdout
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.tools import convert
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 from megatron_hybrid.tools.convert.info import InfoOptions, info
 from megatron_hybrid.tools.convert.output_folder import parse_size
 from megatron_hybrid.tools.convert.to_huggingface import ExportOptions, export
@@ -21,9 +21,7 @@ DTYPES = ("float32", "bfloat16")
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_hybrid.tools.convert", description=(convert.__doc__ or "").splitlines()[0]
-    )
+    parser = Parser(prog="python -m megatron_hybrid.tools.convert", description=(convert.__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     _add_import(commands.add_parser("import", help="Hugging Face or OLMo-core to Megatron torch_dist"))
     _add_export(commands.add_parser("export", help="Megatron torch_dist to Hugging Face or OLMo-core"))
