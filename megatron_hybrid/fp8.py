@@ -53,7 +53,7 @@ def check_flags(flags: Sequence[str]) -> None:
         Fp8Error: naming the flag and what to do.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("fp8-format", "fp8-recipe", "fp4-format", "transformer-impl"):
+    for name in ("fp8-format", "fp8-recipe", "fp4-format", "fp4-recipe", "transformer-impl"):
         parser.add_argument(f"--{name}")
     for name in _SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
@@ -80,6 +80,8 @@ def _problems(v: argparse.Namespace) -> Iterator[str]:
         yield _LOCAL.format(recipe)
     if recipe not in (*RECIPES, "nvfp4"):
         yield f"--fp8-recipe {recipe}: not supported here; legal: {', '.join(RECIPES)}"
+    if v.fp4_recipe not in (None, "nvfp4"):
+        yield f"--fp4-recipe {v.fp4_recipe}: not supported here; legal: nvfp4"
     if not v.bf16:
         yield f"--{'fp4' if v.fp4_format else 'fp8'}-format: needs --bf16 beside it"
     if recipe == "delayed" and v.first_last_layers_bf16:

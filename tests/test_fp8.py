@@ -28,6 +28,7 @@ REFUSED = {
     "--fp8-format e4m3 --fp8-recipe mxfp8 --fp8-output-proj": "--fp8-output-proj: ",
     f"{FP8} tensorwise --overlap-param-gather-with-optimizer-step": "--overlap-param-gather-with-optimizer-step: not",
     "--fp8-format e4m3 --fp8-recipe mxfp8 --overlap-param-gather": "it gave NaN gradients",
+    "--fp4-format e2m1 --fp4-recipe custom": "--fp4-recipe custom: not supported here; legal: nvfp4",
     "--fp4-format e2m1 --tp-comm-overlap": "--tp-comm-overlap: not tried with nvfp4",
     f"{FP8} tensorwise --reuse-grad-buf-for-mxfp8-param-ag": "is for --fp8-recipe mxfp8",
     "--fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag "

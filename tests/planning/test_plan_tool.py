@@ -51,6 +51,10 @@ def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         ("", "--gpu H100: 81."),
         ("--micro-batch-size x", "--micro-batch-size x: must be a whole number"),
         ("--micro-batch-sise 4", "--micro-batch-sise: no such flag; nearest: --micro-batch-size"),
+        (
+            "--fp8-format hybrid --fp8-recipe custom",
+            "--fp8-recipe custom: legal: tensorwise, delayed, mxfp8, blockwise\n",
+        ),
         ("--fp8-format e5m2", "--fp8-format e5m2: legal: e4m3, hybrid"),
         ("--lr", "--lr: takes one value"),
         ("--lr 1e-4 1e-5", "--lr 1e-4 1e-5: takes one value"),

@@ -14,6 +14,7 @@ def lines() -> list[str]:
     from megatron.training.arguments import add_megatron_arguments
 
     from megatron_hybrid.config import HybridConfig
+    from megatron_hybrid.fp8 import RECIPES
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_megatron_arguments(parser)
@@ -21,6 +22,8 @@ def lines() -> list[str]:
     found = {"--without": "text"}  # the command's own, besides --preset
     for action in parser._actions:
         words = [word for word in action.choices or () if isinstance(word, str)]
+        if "--fp8-recipe" in action.option_strings:
+            words = [word for word in words if word in RECIPES]  # what is refused later is not offered
         text = "|".join(words) if len(words) > 1 else "text"
         kind = "none" if action.nargs == 0 else {int: "int", float: "float"}.get(action.type, text)  # type: ignore[arg-type]
         kind += "+" * (action.nargs not in (0, None))
