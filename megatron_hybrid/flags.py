@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_hybrid import fp8
+from megatron_hybrid import architecture, fp8
 from megatron_hybrid.presets import NAMES, PRESETS, FlagValue
 from megatron_hybrid.tools.cli import ToolError, end_without_reader
 
@@ -205,6 +205,8 @@ def check(flags: Sequence[str]) -> None:
             name = "context-parallel-size" if flag == "context" else f"{flag}-model-parallel-size"
             raise FlagError(f"--{name} {size}: must be at least 1; nearest legal: 1")
     _check_pattern(values)
+    for problem in architecture.problems(flags):
+        raise FlagError(problem)
     _check_heads(values)
     _check_tensor_parallel(values)
     _check_pipeline(values)

@@ -14,12 +14,13 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_hybrid import compat, fp8
+from megatron_hybrid.architecture import OWN_SPECS
 from megatron_hybrid.checkpoint.discovery import EXIT_UNLOADABLE, Unloadable
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.flags import FlagError, check, check_names, compose, print_report, wsds_ends
@@ -31,13 +32,6 @@ from megatron_hybrid.training import survival
 
 if TYPE_CHECKING:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
-
-
-#: Specs that are built anew with the plugin's flags; any other --spec is taken as it is.
-OWN_SPECS = (
-    ("megatron_hybrid.layer_specs.olmo_hybrid", "olmo_hybrid_stack_spec"),
-    ("megatron_hybrid.layer_specs.olmo3", "olmo3_stack_spec"),
-)
 
 
 def own_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -177,16 +171,17 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
             raise SystemExit(0)
         compat.join_or_be_alone()
         run.hook()
-        args = parse([*flags, *added])
-        stack_spec(args)
-        fp8.check_args(args)
-        _check_machine(args)
-        run.kernel_errors = _check_kernels(args)
-        _set_vocabulary(args, flags)
-        _say_what_is_padded(args)
-        if args.save:
-            _describe_checkpoint(args)
-        _prepare_data(args)
+        with _output_unless_refused():
+            args = parse([*flags, *added])
+            stack_spec(args)
+            fp8.check_args(args)
+            _check_machine(args)
+            run.kernel_errors = _check_kernels(args)
+            _set_vocabulary(args, flags)
+            _say_what_is_padded(args)
+            if args.save:
+                _describe_checkpoint(args)
+            _prepare_data(args)
         return args, run
     except Unloadable as error:
         fail(error, EXIT_UNLOADABLE)
@@ -194,8 +189,24 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
         fail(error)
 
 
+@contextlib.contextmanager
+def _output_unless_refused() -> Iterator[None]:
+    """Holds stdout back: a refusal would be lost under the 860 lines in which Megatron prints its arguments."""
+    import megatron.training  # noqa: F401  # its log handler keeps the stdout that it is imported with
+
+    held = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(held):
+            yield
+    except (ValueError, Unloadable, SystemExit):
+        held.truncate(0)
+        raise
+    finally:
+        sys.stdout.write(held.getvalue())
+
+
 def _check_machine(args: argparse.Namespace) -> None:
-    """Refuse what this machine has not: Megatron would do so late, with a traceback."""
+    """Refuse what this machine has not: the model would do so when it is built, with a traceback."""
     import torch
 
     if args.use_precision_aware_optimizer and compat.installed("transformer-engine") is None:
@@ -206,6 +217,15 @@ def _check_machine(args: argparse.Namespace) -> None:
         raise FlagError(
             "--recompute-modules layernorm: Megatron's needs Transformer Engine, which does not run here; "
             "legal: core_attn, mlp, gdn_norm_out"
+        )
+    if args.attention_dropout and args.transformer_impl == "local":
+        raise FlagError(
+            f"--attention-dropout {args.attention_dropout}: needs Transformer Engine, which does not run here; legal: 0"
+        )
+    if args.position_embedding_type == "yarn" and args.apply_rope_fusion and args.rotary_scaling_factor > 1:
+        raise FlagError(
+            "--position-embedding-type yarn: fused rotary embeddings leave out its attention factor; "
+            "add --no-rope-fusion"
         )
 
 

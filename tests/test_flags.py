@@ -61,6 +61,14 @@ REFUSED = [
         ["--recompute-granularity", "selective", "--recompute-method", "uniform"],
         ["--recompute-method uniform", "--recompute-granularity full"],
     ),
+    (["--num-experts", "8"], ["--num-experts 8", "no such thing", "leave it out"]),
+    (["--rotary-percent", "0.5"], ["--rotary-percent 0.5", "leave it out"]),
+    (["--qk-layernorm"], ["--qk-layernorm", "--qk-norm-width full|head|none"]),
+    (["--position-embedding-type", "learned_absolute"], ["learned_absolute: legal here: rope, yarn, none"]),
+    (["--normalization", "LayerNorm"], ["--normalization LayerNorm: legal here: RMSNorm"]),
+    (["--without-swiglu"], ["--swiglu: missing", "add it"]),
+    (["--without-normalization"], ["--normalization: missing", "RMSNorm"]),
+    (["--rotary-scaling-factor", "8"], ["--rotary-scaling-factor 8", "--position-embedding-type yarn"]),
     (["--lr-warmup-iters", "20", "--train-iters", "20"], ["--lr-warmup-iters 20", "--train-iters 20", "19"]),
 ]
 
@@ -68,7 +76,7 @@ REFUSED = [
 @pytest.mark.parametrize(("given", "said"), REFUSED, ids=lambda value: "_".join(value)[:60])
 def test_refused_in_one_line(given: list[str], said: list[str]) -> None:
     with pytest.raises(FlagError) as caught:
-        without = [flag for flag in ("use-distributed-optimizer", "bf16") if f"--without-{flag}" in given]
+        without = [flag.removeprefix("--without-") for flag in given if flag.startswith("--without-")]
         check([*_WITH_DATA, *compose("olmo-hybrid-7b", given, without)])
     message = str(caught.value)
     assert "\n" not in message
@@ -102,20 +110,34 @@ def test_help_all_lists_megatrons_and_the_plugins_flags(capsys: pytest.CaptureFi
             ["--spec", "megatron_hybrid.layer_specs.nothing", "x"],
             "--spec megatron_hybrid.layer_specs.nothing x: no such",
         ),
+        (["--attention-dropout", "0.1"], "--attention-dropout 0.1: needs Transformer Engine"),
     ],
 )
-def test_what_megatrons_parser_refuses_is_one_line(given: list[str], said: str) -> None:
+def test_what_is_refused_after_megatrons_parser_is_found_at_the_end(given: list[str], said: str) -> None:
     tiny = ["--preset", "olmo-hybrid-tiny", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "99"]
     command = [sys.executable, "-m", "megatron_hybrid.pretrain", *tiny, *given]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {said}")
+    assert done.stdout.count("\n") < 5, "Megatron's arguments bury the error"
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_the_7b_preset_passes(tp: int) -> None:
     sizes = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", "8"]
     check(compose("olmo-hybrid-7b", [*sizes, "--mock-data"]))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--rotary-percent 1.0 --num-experts=0 --softmax-type vanilla",
+        "--position-embedding-type yarn --rotary-scaling-factor 8 --yarn-beta-fast 32",
+        "--spec my.module my_spec --num-experts 8 --normalization LayerNorm",  # what it does is not known here
+    ],
+)
+def test_flags_of_the_architecture_that_pass(given: str) -> None:
+    check(compose("olmo-hybrid-7b", [*given.split(), "--mock-data"]))
 
 
 def test_unknown_preset_names_the_nearest() -> None:

@@ -1,0 +1,100 @@
+"""Megatron's flags of another model than these layers build: they would be ignored, or be lost in an export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+#: Specs that are built anew with the plugin's flags; any other --spec is taken as it is.
+OWN_SPECS = (
+    ("megatron_hybrid.layer_specs.olmo_hybrid", "olmo_hybrid_stack_spec"),
+    ("megatron_hybrid.layer_specs.olmo3", "olmo3_stack_spec"),
+)
+
+#: Without these Megatron's defaults are another model.
+_REQUIRED = {
+    "swiglu": "the MLPs here are gated by SiLU",
+    "disable-bias-linear": "no linear here has a bias",
+    "untie-embeddings-and-output-weights": "embedding and output layer are two matrices here",
+}
+
+#: Flags without a value.
+_ABSENT = (
+    *("qk-layernorm", "qk-l2-norm", "use-rope-scaling", "rotary-interleaved", "multi-latent-attention", "use-mup"),
+    *("attention-output-gate", "add-qkv-bias", "apply-layernorm-1p", "apply-residual-connection-post-layernorm"),
+    *("quick-geglu", "squared-relu", "openai-gelu"),
+)
+
+#: {flag with a value: what is legal}; None: nothing is.
+_LEGAL: dict[str, tuple[str, ...] | None] = {
+    "normalization": ("RMSNorm",),
+    "position-embedding-type": ("rope", "yarn", "none"),
+    "softmax-type": ("vanilla",),
+    "experimental-attention-variant": None,
+    "activation-func-clamp-value": None,
+    "no-rope-freq": None,
+}
+
+#: {flag with a number: the only one}
+_NUMBER = {
+    "rotary-percent": 1.0,
+    "rotary-seq-len-interpolation-factor": 1.0,
+    "glu-linear-offset": 0.0,
+    "num-experts": 0.0,
+    "mtp-num-layers": 0.0,
+}
+
+_INSTEAD = {
+    **dict.fromkeys(("qk-layernorm", "qk-l2-norm"), "; choose with --qk-norm-width full|head|none"),
+    **dict.fromkeys(
+        ("use-rope-scaling", "rotary-seq-len-interpolation-factor"), "; to stretch positions take "
+        "--position-embedding-type yarn"
+    ),
+}  # fmt: skip
+
+_YARN = ("rotary-scaling-factor", "yarn-original-max-position-embeddings", "yarn-beta-fast", "yarn-beta-slow")
+
+
+def problems(flags: Sequence[str]) -> Iterator[str]:
+    """One line for each flag that is missing, or that these layers do not have; nothing with a --spec of one's own."""
+    given = _given(flags)
+    if "spec" in given and tuple(given["spec"]) not in OWN_SPECS:
+        return
+    for name, reason in _REQUIRED.items():
+        if name not in given:
+            yield f"--{name}: missing; {reason}, and Megatron's default is another model: add it"
+    if "normalization" not in given:
+        yield "--normalization: missing; add --normalization RMSNorm (Megatron's default is LayerNorm)"
+    for name, values in given.items():
+        value = " ".join(values)
+        flag = f"--{name} {value}".rstrip()
+        none = f"{flag}: these layers have no such thing, and would not be what it says; leave it out"
+        if name in _ABSENT or (name in _NUMBER and _number(value) != _NUMBER[name]):
+            yield none + _INSTEAD.get(name, "")
+        elif name in _LEGAL and value not in (_LEGAL[name] or ()):
+            yield f"{flag}: legal here: {', '.join(_LEGAL[name] or ())}" if _LEGAL[name] else none
+    stretched = [name for name in _YARN if name in given]
+    if stretched and given.get("position-embedding-type") != ["yarn"]:
+        yield (
+            f"--{stretched[0]} {' '.join(given[stretched[0]])}: does nothing without --position-embedding-type yarn; "
+            "add it, or leave this out"
+        )
+
+
+def _given(flags: Sequence[str]) -> dict[str, list[str]]:
+    """{flag without its dashes: its values}; the last of a flag given twice, as argparse."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in flags:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found[name] = values = [value] * bool(equals)
+        else:
+            values.append(word)
+    return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None  # Megatron's parser says so
