@@ -6,6 +6,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -112,6 +113,7 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
     for name in _DATA_FLAGS:
         parser.add_argument(f"--{name}", nargs="*", default=[])
     parser.add_argument("--instance-data", default="")
+    parser.add_argument("--split", default="969, 30, 1")  # Megatron's
     for name in (
         "save",
         "data-args-path",
@@ -234,9 +236,29 @@ def _check_data(values: argparse.Namespace) -> None:
 
     for name, prefix in prefixes:
         try:
-            require_dataset(prefix)
+            summary = require_dataset(prefix)
         except (OSError, ToolError) as error:
             raise FlagError(f"--{name} {prefix}: {error}") from None
+        if summary is not None and name == "data-path":
+            _check_split(values.split, prefix, summary.sequences, values.skip_train)
+
+
+def _check_split(split: str, prefix: str, documents: int, skip_train: bool) -> None:
+    """Megatron trains no step on a share of 0, and builds one that rounds to no document without ever ending."""
+    shares = [float(number) for number in re.findall(r"[.0-9]+", split)]
+    if not sum(shares) or len(shares) > 3:
+        raise FlagError(f"--split {split}: legal: shares of training, validation and test, as 99,1,0")
+    if not shares[0] and not skip_train:
+        raise FlagError(f"--split {split}: no share for training; give it one, or add --skip-train")
+    begin = 0.0
+    for share, kind in zip(shares, ("training", "validation", "test"), strict=False):
+        end = begin + share / sum(shares)
+        if share and round(begin * documents) == round(end * documents):
+            raise FlagError(
+                f"--split {split}: {kind} gets none of the {documents} documents of {prefix}; give it a larger share, "
+                "or 0"
+            )
+        begin = end
 
 
 def _check_folder(flag: str, name: str | None) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_hybrid import pretrain
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.flags import FlagError, check, compose
 from megatron_hybrid.presets import PRESETS
+from megatron_hybrid.tools.indexed_dataset import IndexedDatasetWriter
 
 #: A dataset is not what these cases are about, except where they name one.
 _WITH_DATA = ["--skip-train"]
@@ -244,6 +247,32 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "stop_file",
         "max_nonfinite_steps",
     }
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        (
+            ["--split", "999,1,0"],
+            "--split 999,1,0: validation gets none of the 40 documents of .*/text; give it a larger",
+        ),
+        ([], "--split 969, 30, 1: test gets none of the 40 documents"),
+        (["--split", "0,100,0"], "--split 0,100,0: no share for training; give it one, or add --skip-train"),
+        (["--split", "0"], "--split 0: legal: shares of training, validation and test"),
+        (["--split", "97,3,0"], ""),
+        (["--split", "1"], ""),
+        (["--split", "0,1,0", "--skip-train"], ""),
+    ],
+)
+def test_a_split_with_an_empty_share(split: list[str], said: str, tmp_path: Path) -> None:
+    """Without the refusal the first two build datasets forever, and the third ends with status 0 and no step."""
+    with IndexedDatasetWriter(tmp_path / "text", 500) as writer:
+        for _ in range(40):
+            writer.add_document(np.arange(9))
+        writer.commit()
+    flags = compose("olmo-hybrid-7b", ["--data-path", str(tmp_path / "text"), *split])
+    with pytest.raises(FlagError, match=said) if said else contextlib.nullcontext():
+        check(flags)
 
 
 def test_missing_index_of_a_present_bin(tmp_path: Path) -> None:
