@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_hybrid.checkpoint import commit
 from megatron_hybrid.kernels import reference
 from megatron_hybrid.tools import hf_logits
+from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.convert import verify_models
 from megatron_hybrid.tools.convert.hf_config import hf_config
 from megatron_hybrid.tools.convert.output_folder import read_json, write_json
@@ -23,6 +25,7 @@ from megatron_hybrid.tools.convert.to_megatron import ImportOptions, import_mode
 from megatron_hybrid.tools.convert.verify import VerifyOptions, verify
 from megatron_hybrid.tools.convert.verify_models import LENGTHS
 from megatron_hybrid.tools.convert.verify_rows import Row
+from megatron_hybrid.tools.dcp_reader import find_iteration
 from megatron_hybrid.tools.hf_mapping import ModelConfig
 from tests.parallel.ranks import run_ranks
 from tests.tools.tiny_model import ROOT, TINY, random_hf_tensors, train_sentencepiece
@@ -166,8 +169,21 @@ def test_a_wrong_configuration_is_named_and_no_model_is_run(pair: Path, tmp_path
     assert rows["logits"].holds is False and "not run" in rows["logits"].what
 
 
+def test_a_cut_file_that_holds_no_weight_is_named(pair: Path, tmp_path: Path) -> None:
+    """As the optimizer's, which no row reads: known by the save's manifest."""
+    checkpoint = Path(shutil.copytree(pair / "megatron", tmp_path / "megatron"))
+    folder = find_iteration(checkpoint)
+    commit.retract(folder)
+    (folder / "__99_0\.distcp").write_bytes(bytes(1000))
+    commit.adopt(folder)
+    options = VerifyOptions(checkpoint, pair / "hf", weights_only=True)
+    assert not any(row.holds is False for row in verify(options))
+    os.truncate(folder / "__99_0\.distcp", 999)
+    with pytest.raises(ToolError, match=r"__99_0\.distcp has 999 bytes, saved were 1000; use another iteration"):
+        verify(options)
+
+
 def test_a_table_with_a_failing_row_ends_with_status_1(pair: Path, tmp_path: Path) -> None:
-    from megatron_hybrid.tools.cli import ToolError
     from megatron_hybrid.tools.convert.__main__ import print_verified
 
     model = Path(shutil.copytree(pair / "hf", tmp_path / "hf"))

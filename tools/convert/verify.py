@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hybrid.checkpoint.commit import COMPLETE
+from megatron_hybrid.checkpoint.discovery import fault_of
 from megatron_hybrid.tools.cli import ToolError, byte_progress_bar
 from megatron_hybrid.tools.convert.hf_config import read_hf_config
 from megatron_hybrid.tools.convert.hf_source import read_record
@@ -21,6 +23,7 @@ from megatron_hybrid.tools.convert.safetensors_folder import ITEM_BYTES, TensorP
 from megatron_hybrid.tools.convert.source import FP32_ISLANDS, MegatronSource, open_megatron, sha256_of
 from megatron_hybrid.tools.convert.verify_models import compare_models
 from megatron_hybrid.tools.convert.verify_rows import Row
+from megatron_hybrid.tools.dcp_reader import TorchDistCheckpoint
 from megatron_hybrid.tools.hf_mapping import hf_tensor_shapes, to_hf, to_megatron
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ def verify(options: VerifyOptions) -> list[Row]:
     if options.weights_only and options.text:
         raise ToolError(f"--text {options.text}: with --weights-only no model reads it; give one of the two")
     source = open_megatron(options.checkpoint, options.iteration)
+    _check_files(source.checkpoint)
     if not options.model.is_dir():
         raise ToolError(f"--model {options.model}: no such folder; give a folder with config.json and safetensors")
     places = read_folder(options.model, follow_symlinks=True)
@@ -62,6 +66,21 @@ def verify(options: VerifyOptions) -> list[Row]:
     if any(row.holds is False for row in rows[:4]):
         return [*rows, *(Row(name, False, "not run: the rows above must hold first") for name in names)]
     return [*rows, *compare_models(source, options.model, options.text, options.tolerance)]
+
+
+def _check_files(checkpoint: TorchDistCheckpoint) -> None:
+    """Sizes of all files, those of the optimizer too, which no row reads.
+
+    Raises:
+        ToolError: a file is missing, shorter than `.metadata` says, or not of the size that the save's manifest says.
+    """
+    for name in checkpoint.tensors:
+        checkpoint.check(name)
+    for name in checkpoint.objects:
+        with checkpoint.open_object(name):
+            pass
+    if (checkpoint.folder / COMPLETE).exists() and (fault := fault_of(checkpoint.folder)):
+        raise ToolError(f"{checkpoint.folder}: {fault}; use another iteration or copy it again")
 
 
 def table(rows: list[Row]) -> str:
