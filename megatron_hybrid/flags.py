@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_hybrid import architecture, fp8
 from megatron_hybrid.presets import NAMES, PRESETS, FlagValue
+from megatron_hybrid.tools.cli import Parser as Parser  # for commands outside tools/
 from megatron_hybrid.tools.cli import ToolError, end_without_reader
 
 #: Flags of which Megatron takes one: giving another on the command line drops the preset's.

@@ -23,11 +23,10 @@ from megatron_hybrid import compat, fp8
 from megatron_hybrid.architecture import OWN_SPECS
 from megatron_hybrid.checkpoint.discovery import EXIT_UNLOADABLE, Unloadable
 from megatron_hybrid.config import HybridConfig
-from megatron_hybrid.flags import FlagError, check, check_names, compose, print_report, wsds_ends
+from megatron_hybrid.flags import FlagError, Parser, check, check_names, compose, print_report, wsds_ends
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.plan import plan
 from megatron_hybrid.presets import NAMES
-from megatron_hybrid.tools.cli import Parser
 from megatron_hybrid.training import survival
 
 if TYPE_CHECKING:

@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "fp8": {"parallel"},
     "planning": {"planning", "flops", "flags", "fp8", "parallel"},
     "plan": {"flops", "presets", "planning"},
-    "flags": {"config", "presets", "fp8", "tools"},
+    "architecture": set(),
+    "flags": {"architecture", "config", "presets", "fp8", "tools"},
     "compat": {"cpu_backend"},
     "cpu_backend": set(),
     "data": {"tools", "config", "data"},
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     # kernels: bench_kernels and tune_kernels; flags to planning: plan and doctor
     "tools": {"tools", "config", "checkpoint", "kernels", "flags", "flops", "fp8", "compat", "planning", "parallel"},
     "pretrain": {
-        *("model", "layer_specs", "config", "presets", "flags", "fp8", "parallel", "plan"),
+        *("model", "layer_specs", "architecture", "config", "presets", "flags", "fp8", "parallel", "plan"),
         *("compat", "checkpoint", "data", "training", "kernels"),
     },
     # it trains, unlike all other tools

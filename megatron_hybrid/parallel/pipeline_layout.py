@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hybrid import flops
-from megatron_hybrid.flags import FlagError, compose, print_report
+from megatron_hybrid.flags import FlagError, Parser, compose, print_report
 from megatron_hybrid.parallel.pipeline_schedule import Playback, play
 from megatron_hybrid.parallel.pipeline_search import Row, best_cuts
-from megatron_hybrid.tools.cli import Parser
 
 #: {part: cost}; FLOPs per token or ms per microbatch, forward and backward.
 Parts = Mapping[str, float]

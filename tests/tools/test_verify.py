@@ -174,11 +174,12 @@ def test_a_cut_file_that_holds_no_weight_is_named(pair: Path, tmp_path: Path) ->
     checkpoint = Path(shutil.copytree(pair / "megatron", tmp_path / "megatron"))
     folder = find_iteration(checkpoint)
     commit.retract(folder)
-    (folder / "__99_0\.distcp").write_bytes(bytes(1000))
+    (folder / commit.MANIFEST).unlink()
+    (folder / "__99_0.distcp").write_bytes(bytes(1000))
     commit.adopt(folder)
     options = VerifyOptions(checkpoint, pair / "hf", weights_only=True)
     assert not any(row.holds is False for row in verify(options))
-    os.truncate(folder / "__99_0\.distcp", 999)
+    os.truncate(folder / "__99_0.distcp", 999)
     with pytest.raises(ToolError, match=r"__99_0\.distcp has 999 bytes, saved were 1000; use another iteration"):
         verify(options)
 
