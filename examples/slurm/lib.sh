@@ -120,8 +120,14 @@ set_defaults() {
     done
 }
 
-# Sources an env file (a path with a slash) after a look at what it sets, in a shell of its own. The files before it,
-# which it may refer to, are its first arguments.
+# SETTING: what a line of an env file may be, as bash prints it: assignments, and nothing that runs a command.
+DOLLAR='\$[A-Za-z0-9_{*@#?!-]'
+WORD="([^][:space:]\"'\\\\()&;|<>\`\$[]|[][]|\\\\.|$DOLLAR|\\\$?'[^']*'|\"([^\"\\\\\`\$]|\\\\.|$DOLLAR)*\")*"
+SETTING="^([A-Za-z_][A-Za-z0-9_]*\\+?=($WORD|\\((${WORD}[[:space:]]*)*\\))[[:space:]]*)+$"
+
+# Sources an env file (a path with a slash) after a look at what it sets, in a shell of its own that stops before
+# anything but an assignment: a dry run, too, has to read it. The files before it, which it may refer to, are its first
+# arguments.
 load_file() {
     local file=${!#} said name known
     [[ -r $file && ! -d $file ]] ||
@@ -129,12 +135,20 @@ load_file() {
     ! grep -q $'\r' "$file" || fail "$file: has Windows line ends; take them off with dos2unix or sed -i 's/\\r//'"
     known=" $(setting_names | tr '\n' ' ')"
     # shellcheck disable=SC2016
-    said=$(env -i PATH="$PATH" HOME="$HOME" USER="${USER:-}" bash --noprofile --norc -c '
-        set -eu
+    said=$(env -i PATH="$PATH" HOME="$HOME" USER="${USER:-}" SETTING="$SETTING" bash --noprofile --norc -c '
+        set -euT
+        only_settings() {
+            [[ $2 =~ $SETTING ]] || { echo "$1: runs a command: ${2%%$'"'\\n'"'*}" >&2; exit 1; }
+        }
         before=" $(compgen -v | tr "\n" " ")"
-        for each_file; do source "$each_file" >/dev/null || exit; done
+        for each_file; do
+            trap '"'"'[ "${#BASH_SOURCE[@]}" = 0 ] || only_settings "${BASH_SOURCE[0]}: line $LINENO" "$BASH_COMMAND"'"'"' DEBUG
+            source "$each_file" >/dev/null || exit
+            :
+        done
+        [ "$(compgen -A function)" = only_settings ] || { echo "$each_file: it defines a function" >&2; exit 1; }
         while read -r each; do
-            [[ "$before each each_file before _ BASH_LINENO BASH_SOURCE FUNCNAME PIPESTATUS " == *" $each "* ]] || echo "set $each"
+            [[ "$before each each_file before _ BASH_LINENO BASH_REMATCH BASH_SOURCE FUNCNAME PIPESTATUS " == *" $each "* ]] || echo "set $each"
         done < <(compgen -v)' bash "$@" 2>&1) ||
         fail "$(head -n 1 <<<"${said#bash: }"); a setting is NAME=VALUE, or NAME=(WORD WORD), no spaces around ="
     while read -r name; do

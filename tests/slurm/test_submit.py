@@ -131,7 +131,14 @@ def test_refused_before_submission(words: list[str], said: str, site: Path) -> N
 FILES = [
     ("NODESS=3", "NODESS: no such setting; nearest: NODES"),
     ("NODES=3\r", "has Windows line ends"),
-    ("NODES = 3", "line 3: NODES: command not found"),
+    ("NODES = 3", "line 3: runs a command: NODES = 3; a setting is NAME=VALUE"),
+    ("touch RAN", "line 3: runs a command: touch RAN"),
+    ('NAME="$(touch RAN)"', "line 3: runs a command: "),
+    ("FLAGS=(a `touch RAN`)", "line 3: runs a command: "),
+    ("NAME=x touch RAN", "line 3: runs a command: "),
+    ("NAME=x >RAN", "line 3: runs a command: "),
+    ("exit 0", "line 3: runs a command: exit 0"),
+    ("fail() { touch RAN; }", "defines a function"),
     ("FROM=$RUNZ/x", "line 3: RUNZ: unbound variable"),
     ('NAME="x', "unexpected EOF"),
     ("NODES=(3)", "NODES: is one value: NODES=VALUE"),
@@ -154,6 +161,7 @@ def test_a_slip_in_an_env_file_is_named(line: str, said: str, site: Path, tmp_pa
     )
     done = submit("--dry-run", "--site", site, path)
     assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert not Path("RAN").exists()
 
 
 def test_a_stage_needs_what_is_before_it(site: Path) -> None:
