@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -311,6 +312,27 @@ def test_a_full_disk_is_found_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(ToolError, match=r"--output .*GB are needed"):
         export(ExportOptions(checkpoints[1], tmp_path / "hf"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("output", "said"), [("/dev/null/x", "/dev/null is a file"), ("/proc/hf/x", "No such file .* at /proc/hf")]
+)
+def test_an_output_that_cannot_be_made_is_named(checkpoints: dict[int, Path], output: str, said: str) -> None:
+    with pytest.raises(ToolError, match=f"^--output {output}: {said}.*; give a folder"):
+        export(ExportOptions(checkpoints[1], Path(output)))
+
+
+@pytest.mark.parametrize("most_bytes", [10, 5000])
+def test_a_disk_that_fills_up_is_named(checkpoints: dict[int, Path], tmp_path: Path, most_bytes: int) -> None:
+    """As far as a limit on a file's size is one: in the small files, and in the weights."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, limits[1]))
+    try:
+        with pytest.raises(ToolError, match=r"hf.*File too large"):
+            export(ExportOptions(checkpoints[1], tmp_path / "hf"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
 
 

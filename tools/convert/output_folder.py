@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
@@ -18,6 +20,7 @@ from megatron_hybrid.tools.atomic_file import fsync_folder
 from megatron_hybrid.tools.cli import ToolError
 
 RECORD_FILE = "conversion.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -36,16 +39,35 @@ def new_folder(output: Path, needed_bytes: int, force: bool, sources: Sequence[P
             not there before.
     """
     check_apart(output, sources)
-    check_output(output, force)
-    working = make_working_folder(output, needed_bytes)
+    with _faults_of(output):
+        check_output(output, force)
+        working = make_working_folder(output, needed_bytes)
+        try:
+            # First of all, so that a folder left by a killed run is known to be ours.
+            write_json(working / RECORD_FILE, {"status": "incomplete"})
+            yield working
+            publish(working, output)
+        except BaseException:
+            shutil.rmtree(working, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _faults_of(output: Path) -> Iterator[None]:
+    """Makes an OSError of the output's disk a ToolError that names the flag; that of a source stays as it is."""
     try:
-        # First of all, so that a folder left by a killed run is known to be ours.
-        write_json(working / RECORD_FILE, {"status": "incomplete"})
-        yield working
-        publish(working, output)
-    except BaseException:
-        shutil.rmtree(working, ignore_errors=True)
-        raise
+        yield
+    except OSError as error:
+        place = Path(os.fsdecode(error.filename)) if error.filename else None
+        ours = (output, beside(output, ".tmp"), beside(output, ".replaced"))
+        if place and not any(path == place or path in place.parents or place in path.parents for path in ours):
+            raise
+        if not place and error.errno not in _FULL:  # a failed write names no file
+            raise
+        where = f" at {place}" if place else ""
+        raise ToolError(
+            f"--output {output}: {error.strerror}{where}; give a folder on a disk that can be written to and has room"
+        ) from None
 
 
 def check_apart(output: Path, sources: Sequence[Path]) -> None:
@@ -62,8 +84,9 @@ def check_output(output: Path, force: bool) -> None:
     """Raises ToolError when something is in the way of `output` or of the names used while it is written."""
     if output.is_symlink():
         raise ToolError(f"--output {output}: it is a symbolic link; give the folder itself")
-    if output.exists() and not output.is_dir():
-        raise ToolError(f"--output {output}: it is a file; give a folder")
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            raise ToolError(f"--output {output}: {'it' if path == output else path} is a file; give a folder")
     if output.is_dir() and any(output.iterdir()):
         if not force:
             raise ToolError(f"--output {output}: it is not empty; give another folder, or --force to replace it")
