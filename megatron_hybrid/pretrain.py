@@ -315,10 +315,13 @@ def _describe_checkpoint(args: argparse.Namespace) -> None:
 
 
 def _prepare_data(args: argparse.Namespace) -> None:
-    """Opens --instance-data; lets pipeline stages exchange rows of documents, whose lengths vary."""
+    """Opens --instance-data, or compares --data-path with the tokenizer.
+
+    Lets pipeline stages exchange rows of documents, whose lengths vary.
+    """
     from megatron.training import get_tokenizer
 
-    from megatron_hybrid.data import instance_dataset
+    from megatron_hybrid.data import instance_dataset, made_with
 
     if args.document_masking and args.pipeline_model_parallel_size > 1:
         args.variable_seq_lengths = True
@@ -326,6 +329,8 @@ def _prepare_data(args: argparse.Namespace) -> None:
     if not args.instance_data:
         if args.repetition_filter:
             raise FlagError("--repetition-filter: filters instances; give --instance-data, or leave it out")
+        for line in made_with.check(args, get_tokenizer().eod, survival.data_prefixes(args)):
+            survival.say(f"warning: {line}")
         return
     try:
         said = instance_dataset.check(args, get_tokenizer())
