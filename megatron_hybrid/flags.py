@@ -229,8 +229,14 @@ def check(flags: Sequence[str]) -> None:
 def _check_data(values: argparse.Namespace) -> None:
     if values.mock_data or values.instance_data:  # instances are opened once the tokenizer is known
         return
-    prefixes = [(name, prefix) for name in _DATA_FLAGS for prefix in _prefixes(getattr(values, name.replace("-", "_")))]
-    elsewhere = values.skip_train or values.data_args_path or values.per_split_data_args_path
+    words = {name: getattr(values, name.replace("-", "_")) for name in _DATA_FLAGS}
+    if file := values.data_args_path:
+        try:
+            words["data-args-path"] = Path(file).read_text().split()
+        except OSError as error:
+            raise FlagError(f"--data-args-path {file}: {error.strerror}; give a file of weights and prefixes") from None
+    prefixes = [(name, prefix) for name, given in words.items() for prefix in _prefixes(given)]
+    elsewhere = values.skip_train or values.per_split_data_args_path
     if not prefixes and not elsewhere:
         raise FlagError("--data-path: no dataset; give a prefix of .bin/.idx files (tools.preprocess), or --mock-data")
     from megatron_hybrid.tools.indexed_dataset import require_dataset  # numpy: not on every login node
@@ -240,7 +246,7 @@ def _check_data(values: argparse.Namespace) -> None:
             summary = require_dataset(prefix)
         except (OSError, ToolError) as error:
             raise FlagError(f"--{name} {prefix}: {error}") from None
-        if summary is not None and name == "data-path":
+        if summary is not None and name in ("data-path", "data-args-path"):
             _check_split(values.split, prefix, summary.sequences, values.skip_train)
 
 

@@ -270,9 +270,11 @@ def test_a_split_with_an_empty_share(split: list[str], said: str, tmp_path: Path
         for _ in range(40):
             writer.add_document(np.arange(9))
         writer.commit()
-    flags = compose("olmo-hybrid-7b", ["--data-path", str(tmp_path / "text"), *split])
-    with pytest.raises(FlagError, match=said) if said else contextlib.nullcontext():
-        check(flags)
+    (tmp_path / "blend").write_text(f"1.0 {tmp_path}/text")
+    for data in (["--data-path", str(tmp_path / "text")], ["--data-args-path", str(tmp_path / "blend")]):
+        flags = compose("olmo-hybrid-7b", [*data, *split])
+        with pytest.raises(FlagError, match=said) if said else contextlib.nullcontext():
+            check(flags)
 
 
 def test_missing_index_of_a_present_bin(tmp_path: Path) -> None:
