@@ -160,6 +160,8 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
             raise SystemExit(0)
         if not own.help_all:
             check(flags)
+            if not {"--tokenizer-type", "--use-checkpoint-args"} & {word.split("=")[0] for word in flags}:
+                raise FlagError("--tokenizer-type: missing; e.g. HuggingFaceTokenizer with --tokenizer-model FOLDER")
             run, flags = survival.begin(flags, compat.software)
         added = compat.backend_flags(flags)
         if added and os.environ.get("RANK", "0") == "0":

@@ -165,6 +165,7 @@ def test_without_a_flag_that_the_preset_does_not_set() -> None:
     [
         (["--preset", "olmo-hybrid-7b", "--tensor-model-parallel-size", "32"], "nearest legal: 30"),
         (["--preset", "nothing"], "--preset nothing: unknown"),
+        (["--preset", "olmo-hybrid-tiny", "--mock-data"], "--tokenizer-type: missing; e.g. HuggingFaceTokenizer"),
     ],
 )
 def test_the_command_says_one_line_and_exits_2(arguments: list[str], said: str) -> None:
