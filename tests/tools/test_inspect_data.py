@@ -235,6 +235,7 @@ def test_merge_holds_few_bytes_per_document(tmp_path: Path) -> None:
     assert len(IndexedDatasetReader(tmp_path / "b")) == 2 * documents
 
 
-def test_unknown_command_is_named(command: Command) -> None:
-    with pytest.raises(ToolError, match="look: choose one of info, verify"):
+def test_unknown_command_is_named(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
         command("look")
+    assert stop.value.code == 2 and "error: look: choose one of info, verify" in capsys.readouterr().err
