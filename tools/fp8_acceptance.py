@@ -50,8 +50,8 @@ EDGES = words("--first-last-layers-bf16 --num-layers-at-start-in-bf16 1 --num-la
 TINY_VARIANTS: dict[str, tuple[str, ...]] = {"bf16": (), "no z-loss": ("--z-loss", "0")}
 
 LARGEST_LOSS_DIFFERENCE = 0.005
-#: Kept back for what follows the runs. On an H100, five resumptions at once took 60 s from start to end.
-RESERVED_S = 90
+#: Kept back for what follows the runs: resumptions, and beside them gradients of six variants, one after another.
+RESERVED_S = 200
 LINE = re.compile(r"iteration\s+(\d+)/.*?lm loss: ([0-9.E+-]+|nan|inf)")
 SKIPPED = re.compile(r"skipped steps: ([0-9.E+-]+)")
 
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--variant", action="append", default=[], help="besides bf16, only this one (repeatable)")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--resumed-steps", type=int, default=20, help="before the end, to be run again; 0 for none")
-    parser.add_argument("--budget-s", type=float, default=400, help="end what runs after so many seconds")
+    parser.add_argument("--budget-s", type=float, default=560, help="end what runs after so many seconds")
     parser.add_argument("--tiny", action="store_true", help="small sizes without FP8, to try this tool itself")
     args = parser.parse_args()
     args.checkpoints = args.checkpoints or args.output / "checkpoints"

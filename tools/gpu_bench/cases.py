@@ -100,6 +100,16 @@ def _long() -> list[Case]:
     return [
         Case("ours", "64k", flags=(*flags, *recompute), warmup=1, steps=3, rounds=1),
         Case("olmo3 transformer", "64k", "olmo3-7b", (*flags, *_TRANSFORMER, *recompute), warmup=1, steps=3, rounds=1),
+        Case(
+            "transformer, full attention",
+            "64k",
+            "olmo3-7b",
+            (*flags, *_TRANSFORMER, "--window-attn-skip-freq", "1", *recompute),
+            warmup=1,
+            steps=3,
+            rounds=1,
+            note="no layer has olmo3's sliding window",
+        ),
     ]
 
 
