@@ -28,7 +28,7 @@ from megatron_hybrid.tools.gpu_bench.cases import FP8, LEAN, words
 MODEL = words(
     "--preset olmo-hybrid-7b --num-layers 4 --hybrid-layer-pattern GGG* --hidden-size 2048 --ffn-hidden-size 8192 "
     "--num-attention-heads 16 --linear-num-key-heads 16 --linear-num-value-heads 16 --seq-length 1024 "
-    "--max-position-embeddings 1024 --micro-batch-size 4 --global-batch-size 4"
+    "--max-position-embeddings 1024 --micro-batch-size 16 --global-batch-size 16"
 )
 TINY = words(
     "--preset olmo-hybrid-tiny --num-layers 4 --hybrid-layer-pattern GGG* --seq-length 64 --micro-batch-size 2 "
@@ -38,9 +38,12 @@ RUN = words(
     "--lr 1e-3 --min-lr 1e-4 --split 98,2,0 --eval-iters 0 --eval-interval 100000 --log-interval 1 --no-log-health"
 )
 
-#: What is compared; the first is the yardstick. FP8 parameters go with moments and gradients in bf16.
+#: What is compared; the first is the yardstick. The second, whose weight gradients are rounded to bf16 before they are
+#: added, shows how far apart two runs end that differ by rounding alone. FP8 parameters go with moments and gradients
+#: in bf16.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "bf16": (),
+    "bf16, rounded otherwise": ("--no-gradient-accumulation-fusion",),
     **FP8,
     "tensorwise, FP8 parameters": (*FP8["tensorwise"], "--fp8-param-gather", *LEAN),
 }
