@@ -1,11 +1,12 @@
-"""FP8 against the plugin's own bf16: the same seeded run on real text, side by side on one GPU.
+"""FP8 against the plugin's own bf16: the same seeded run on real text, side by side.
 
     python -m megatron_hybrid.tools.fp8_acceptance --data-path PREFIX --tokenizer-model FILE --output FOLDER
 
-Each variant is a `megatron_hybrid.pretrain` of its own, all started together: final losses are compared with bf16's
-(at most 0.5 % away, no step skipped). Then, at once, each run is resumed from its checkpoint a few steps before the
-end, whose losses must be the same bits, and one process loads bf16's checkpoint under every variant and compares the
-gradients of one batch, layer by layer. FOLDER gets acceptance.json, acceptance.md and a log per run.
+Each variant is a `megatron_hybrid.pretrain` of its own, all started together, spread over the GPUs that are visible:
+final losses are compared with bf16's (at most 0.5 % away, no step skipped). Then, at once, each run is resumed from its
+checkpoint a few steps before the end, whose losses must be the same bits, and one process loads bf16's checkpoint under
+every variant and compares the gradients of one batch, layer by layer. FOLDER gets acceptance.json, acceptance.md and a
+log per run.
 """
 
 from __future__ import annotations
@@ -75,12 +76,26 @@ def launch(args: argparse.Namespace, variant: str, name: str, more: list[str]) -
     chosen = (TINY_VARIANTS if args.tiny else VARIANTS)[variant]
     command = [sys.executable, "-m", "megatron_hybrid.pretrain", *flags, *chosen, *more]
     with (folder / f"{name}.log").open("w") as out:
-        return subprocess.Popen(command, stdout=out, stderr=out, env=environment())
+        return subprocess.Popen(command, stdout=out, stderr=out, env=environment(variant))
 
 
-def environment() -> dict[str, str]:
-    """Attention kernels that give the same bits twice, so that a resumed run can be compared bit by bit."""
-    return {**os.environ, "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+def environment(variant: str) -> dict[str, str]:
+    """One GPU; attention kernels that give the same bits twice, so that a resumed run can be compared bit by bit."""
+    gpus = visible_gpus()
+    place = list({**VARIANTS, **TINY_VARIANTS}).index(variant)
+    one = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
+    return {**os.environ, **one, "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, or else every GPU by number."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in named.split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(number) for number in range(listed.count("GPU "))]
 
 
 def wait(running: dict[str, subprocess.Popen[bytes]], deadline: float, what: str) -> dict[str, str]:
@@ -193,7 +208,7 @@ def start_gradients(args: argparse.Namespace, variants: list[str]) -> subprocess
     command = [sys.executable, "-m", "megatron_hybrid.tools.gpu_bench.gradients"]
     command += [str(args.output / "gradients_question.json"), str(args.output / "gradients.json")]
     with (args.output / "gradients.log").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment())
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment(variants[0]))
 
 
 def read_gradients(args: argparse.Namespace, failed: dict[str, str]) -> dict[str, Any]:
