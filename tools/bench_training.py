@@ -25,8 +25,6 @@ from megatron_hybrid.tools.cli import ToolError, run_cli
 from megatron_hybrid.tools.gpu_bench import report
 from megatron_hybrid.tools.gpu_bench.cases import CASES, WARM_UP, Case, tiny, visits
 
-#: A visit that takes longer is ended: kernels that hang do not come back.
-LONGEST_VISIT_S = 150
 #: The case that runs when the budget ends may go on so long.
 GRACE_S = 25
 #: Dense bf16 of H100 SXM and H200; FP8 rows are given against it too.
@@ -115,7 +113,8 @@ def supervise(cases: list[Case], args: argparse.Namespace, events: Path) -> None
                     time.sleep(0.5)
                     shown = _show(cases, events, args.output, shown)
                     begun = [event["time"] for event in report.read_events(events) if event["event"] == "begin"]
-                    if time.time() > min(max([started, *begun]) + LONGEST_VISIT_S, deadline + GRACE_S):
+                    longest = plan[min(_ended(events), len(plan) - 1)][0].longest_s
+                    if time.time() > min(max([started, *begun]) + longest, deadline + GRACE_S):
                         worker.kill()
             finally:
                 worker.kill()
