@@ -1,4 +1,4 @@
-"""Training speed and memory on one GPU, beside Megatron-Core's own GDN layer, the olmo3 transformer and Hugging Face's.
+"""Training speed and memory on one GPU, beside Megatron-Core's GDN layer, the olmo3 transformer, Hugging Face, OLMo-core.
 
     python -m megatron_hybrid.tools.bench_training --output FOLDER --budget-s 300
 
@@ -6,7 +6,7 @@ Every case is a model from flags (tools/gpu_bench/cases.py), its optimizer and d
 Rounds of a group alternate; medians and ranges are over the steps of all rounds. A case that fails or does not fit is
 a row that says so. FOLDER gets events.jsonl after every visit, and from it results.json, table.md and, where there are
 profiles, profile.png; worker.log has what Megatron prints. Its needs are those of training, and for some columns
-flash-linear-attention and transformers.
+flash-linear-attention, transformers and ai2-olmo-core.
 """
 
 from __future__ import annotations
