@@ -1,4 +1,4 @@
-"""Training speed and memory on one GPU, beside Megatron-Core's GDN layer, the olmo3 transformer, Hugging Face, OLMo-core.
+"""Training speed and memory on one GPU, beside Megatron-Core's GDN layer, olmo3, Hugging Face's model and OLMo-core's.
 
     python -m megatron_hybrid.tools.bench_training --output FOLDER --budget-s 300
 
