@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from megatron_hybrid.tools.gpu_bench.fla import UNCHECKED
+
 Kind = Literal["train", "huggingface", "olmo_core", "profile", "decode"]
 
 
@@ -89,7 +91,7 @@ def _speed() -> list[Case]:
             "8k",
             flags=(*_SHORT, *_MEGATRON),
             longest_s=TUNING_S,
-            note="FLA's version check off: times valid, gradients of its gates not",
+            note=UNCHECKED,
         ),
         Case("olmo3 transformer", "8k", "olmo3-7b", (*_SHORT, *_TRANSFORMER)),
         *(Case(f"ours, FP8 {name}", "8k", flags=(*_SHORT, *flags)) for name, flags in FP8.items()),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_hybrid.flops import Sizes, model_parameters
-from megatron_hybrid.tools.gpu_bench.fla import allow_fla_backward, compile_side_by_side
+from megatron_hybrid.tools.gpu_bench.fla import UNCHECKED, allow_fla_backward, compile_side_by_side
 from megatron_hybrid.tools.gpu_bench.harness import batches, free, synchronize
 
 
@@ -25,7 +25,7 @@ class Peer:
     Args:
         args: Megatron's arguments; sizes and batch are theirs.
         tokens: ids [n] int64.
-        model: takes ids and labels to a loss, by `loss`.
+        model: in bf16, on its device.
         loss: (ids [rows, length], labels, the same shifted by one) to the mean loss of the global batch, of which
             these rows are a part.
         what: which kernels run, for the table.
@@ -125,8 +125,10 @@ def huggingface(args: Namespace, tokens: torch.Tensor) -> Peer:
         "recurrence": modeling_olmo_hybrid.torch_chunk_gated_delta_rule,
         "convolution": modeling_olmo_hybrid.causal_conv1d_fn,
     }
-    what = ", ".join(f"{name} of {_implementation(function)}" for name, function in parts.items())
-    return Peer(args, tokens, model, loss, f"no optimizer step; {what}; norms and loss of PyTorch")
+    chosen = {name: _implementation(function) for name, function in parts.items()}
+    what = ", ".join(f"{name} of {package}" for name, package in chosen.items())
+    checked = f"; {UNCHECKED}" if "fla" in chosen.values() else ""
+    return Peer(args, tokens, model, loss, f"no optimizer step; {what}; norms and loss of PyTorch{checked}")
 
 
 def _implementation(function: Callable[..., object]) -> str:
@@ -168,7 +170,7 @@ def olmo_core(args: Namespace, tokens: torch.Tensor, compiled: bool) -> Peer:
 
     import fla
 
-    what = f"no optimizer step; fla {fla.__version__}, attention of PyTorch"
+    what = f"no optimizer step; fla {fla.__version__}; attention and loss of PyTorch; {UNCHECKED}"
     return Peer(args, tokens, model, loss, what)
 
 
