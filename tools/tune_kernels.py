@@ -26,13 +26,13 @@ CANDIDATES = {
     "conv": [Launch(4, 1, 128), Launch(2, 1, 64)],
     "diagonal": [],
     "prepare": [Launch(4, 1, 0, 96), Launch(8, 1)],
-    "scan": [Launch(4, 2, 64), Launch(4, 3, 64)],
-    "scan_again": [Launch(4, 1, 64), Launch(4, 2, 64)],
+    "scan": [Launch(4, 2, 64), Launch(4, 3, 64), Launch(4, 4, 64)],
+    "scan_again": [Launch(4, 1, 64), Launch(4, 2, 64), Launch(4, 3, 64)],
     "output": [Launch(4, 1, 64), Launch(4, 3, 64)],
     "norm_backward": [Launch(4, 1, 16), Launch(4, 1, 4), Launch(2, 1, 4), Launch(8, 1, 16, 128)],
-    "adjoint_scan": [Launch(4, 2, 64), Launch(4, 4, 64)],
+    "adjoint_scan": [Launch(4, 2, 64), Launch(4, 3, 64), Launch(4, 4, 64)],
     "query_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128)],
-    "key_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128), Launch(8, 1, 64)],
+    "key_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128), Launch(8, 1, 32, 128), Launch(8, 2, 32, 128)],
     "conv_backward": [Launch(1, 1, 64), Launch(1, 1, 256), Launch(2, 1, 256), Launch(2, 1, 128)],
 }
 
