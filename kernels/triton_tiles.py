@@ -122,17 +122,6 @@ def load_block(base, stride, rows_left, col, C: tl.constexpr, BC: tl.constexpr, 
     return tl.load(base + r[:, None] * stride + c[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
-def store_block(base, x, stride, rows_left, col, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr):
-    """The inverse of load_block."""
-    r = tl.arange(0, C)
-    c = col + tl.arange(0, BC)
-    mask = (r < rows_left)[:, None]
-    if D % BC != 0:
-        mask = mask & (c < D)[None, :]
-    tl.store(base + r[:, None] * stride + c[None, :], x.to(base.dtype.element_ty), mask=mask)
-
-
 # A warp of a product of 64 rows holds 16 of them. Stored as they are, tensors would be laid out so that a warp writes
 # whole rows of memory, and in each chunk they would pass through shared memory with several barriers. In the shapes
 # below the compiler (which gives lanes to the dimensions in this order: the contiguous one, the first, the second ...,
