@@ -9,12 +9,12 @@ What the records say is checked before it is used: names, ranges, and that the c
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
+import os
 import pickle  # only to subclass Unpickler below; nothing is loaded with pickle.load or pickle.loads
-import zipfile
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from megatron_hybrid.tools.cli import ToolError
+from megatron_hybrid.tools.direct_io import fill
+from megatron_hybrid.tools.torch_archive import FileSlice, Payload, check_archive, first_line, plain_payload
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -163,11 +166,11 @@ class TorchDistCheckpoint:
         """
         import torch
 
-        self.check(name)
         stored = self.stored(name)
-        if len(stored.chunks) == 1:
-            return self._read_chunk(stored, stored.chunks[0])
         whole = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
+        if pieces := self.pieces(name):
+            fill(whole, pieces)
+            return whole
         for chunk in stored.chunks:
             target = whole
             for dimension, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
@@ -175,13 +178,35 @@ class TorchDistCheckpoint:
             target.copy_(self._read_chunk(stored, chunk))
         return whole
 
+    def pieces(self, name: str) -> Iterator[ndarray[Any, Any]] | None:
+        """The bytes of tensor `name`, in order, as arrays that hold until the next is asked for.
+
+        None where the chunks are not its rows one after the other, or not stored plainly: `read` it then.
+
+        Raises:
+            ToolError: as `read` does; for damage not before the end of each chunk.
+        """
+        self.check(name)
+        stored = self.stored(name)
+        chunks = sorted(stored.chunks, key=lambda chunk: chunk.offsets)
+        if any(chunk.sizes[1:] != stored.shape[1:] for chunk in chunks):
+            return None
+        payloads = [self._payload(stored, chunk) for chunk in chunks]
+        if not all(payloads):
+            return None
+        return (
+            piece
+            for chunk, payload in zip(chunks, payloads, strict=True)
+            if payload
+            for piece in payload.pieces(self.folder / chunk.file, chunk.offset_bytes, self._place(stored, chunk))
+        )
+
     def check(self, name: str) -> None:
         """Raises what `read` would for chunks or files that are missing or too short, without reading any."""
-        import torch
-
         stored = self.stored(name)
         check_coverage(stored)
-        item_bytes = getattr(torch, stored.dtype).itemsize
+        bits = re.search(r"\d+", stored.dtype)  # without torch, whose import takes longer than all that `info` does
+        item_bytes = int(bits[0]) // 8 if bits else 1  # bool
         for chunk in stored.chunks:
             path = self.folder / chunk.file
             place = f"{path}: tensor {name}, chunk at {list(chunk.offsets)}"
@@ -209,7 +234,7 @@ class TorchDistCheckpoint:
         if not path.is_file() or path.stat().st_size < offset_bytes + length_bytes:
             raise ToolError(f"{path}: {name} is not whole in it; the file is missing or truncated, copy it again")
         with open(path, "rb") as handle:
-            yield cast(BinaryIO, _FileSlice(handle, offset_bytes, length_bytes))
+            yield cast(BinaryIO, FileSlice(handle, offset_bytes, length_bytes))
 
     def stored(self, name: str) -> StoredTensor:
         """The description of tensor `name`; ToolError if the checkpoint has none of that name."""
@@ -220,21 +245,34 @@ class TorchDistCheckpoint:
             )
         return self.tensors[name]
 
+    def _place(self, stored: StoredTensor, chunk: Chunk) -> str:
+        return f"{self.folder / chunk.file}: tensor {stored.name}, chunk at {list(chunk.offsets)}"
+
+    def _payload(self, stored: StoredTensor, chunk: Chunk) -> Payload | None:
+        """Where a chunk's bytes lie, if it is of the plain kind and what `.metadata` says."""
+        with open(self.folder / chunk.file, "rb") as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # a few lines of it, not what is beside them
+            payload = plain_payload(FileSlice(handle, chunk.offset_bytes, chunk.length_bytes))
+        return payload if payload and (payload.dtype, payload.shape) == (stored.dtype, chunk.sizes) else None
+
     def _read_chunk(self, stored: StoredTensor, chunk: Chunk) -> Tensor:
         import torch
 
-        path = self.folder / chunk.file
-        place = f"{path}: tensor {stored.name}, chunk at {list(chunk.offsets)}"
+        place = self._place(stored, chunk)
+        if payload := self._payload(stored, chunk):
+            tensor = torch.empty(chunk.sizes, dtype=getattr(torch, stored.dtype))
+            fill(tensor, payload.pieces(self.folder / chunk.file, chunk.offset_bytes, place))
+            return tensor
         try:
-            with open(path, "rb") as handle:
-                view = _FileSlice(handle, chunk.offset_bytes, chunk.length_bytes)
-                _check_archive(view, place)
+            with open(self.folder / chunk.file, "rb") as handle:
+                view = FileSlice(handle, chunk.offset_bytes, chunk.length_bytes)
+                check_archive(view, place)
                 view.seek(0)
                 tensor = torch.load(view, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         except (ToolError, OSError):
             raise
         except Exception as error:  # torch.load raises several types for damaged or unsafe content
-            raise ToolError(f"{place}: unreadable ({_first_line(error)}); use another iteration") from None
+            raise ToolError(f"{place}: unreadable ({first_line(error)}); use another iteration") from None
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
             raise ToolError(f"{place}: holds a {type(tensor).__name__} instead of a dense tensor")
         found = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
@@ -244,53 +282,6 @@ class TorchDistCheckpoint:
                 f"but {METADATA_FILE} says {stored.dtype} {list(chunk.sizes)}"
             )
         return tensor.detach()
-
-
-class _FileSlice(io.RawIOBase):
-    """A read-only view of `length_bytes` bytes of an open file, for readers that expect a whole file."""
-
-    def __init__(self, handle: BinaryIO, offset_bytes: int, length_bytes: int) -> None:
-        self._handle, self._offset, self._length = handle, offset_bytes, length_bytes
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self._length - self._position))
-        self._handle.seek(self._offset + self._position)
-        count = self._handle.readinto(memoryview(buffer)[:wanted])  # type: ignore[attr-defined]
-        self._position += count
-        return count
-
-
-def _check_archive(view: _FileSlice, place: str) -> None:
-    """Compares the checksums that torch.save stored with the bytes; torch.load itself does not look at them."""
-    try:
-        with zipfile.ZipFile(view) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ToolError(f"{place}: is compressed, which torch.save never does; refused")
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
-        raise ToolError(f"{place}: unreadable ({_first_line(error)}); use another iteration") from None
-    if damaged is not None:
-        raise ToolError(f"{place}: checksum of {damaged} does not match; the file is damaged, use another iteration")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def find_iteration(checkpoint: Path, iteration: int | None = None) -> Path:
@@ -386,7 +377,7 @@ def read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, tuple[
     except OSError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ToolError(f"{path}: unreadable ({type(error).__name__}: {_first_line(error)})") from None
+        raise ToolError(f"{path}: unreadable ({type(error).__name__}: {first_line(error)})") from None
 
 
 def _tensors_of(content: object) -> tuple[dict[str, StoredTensor], dict[str, tuple[str, int, int]]]:

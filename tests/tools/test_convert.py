@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.compare_logits import compare_logits
-from megatron_hybrid.tools.convert import ExportOptions, export, output_folder, source, to_huggingface
+from megatron_hybrid.tools.convert import ExportOptions, export, output_folder, to_huggingface
 from megatron_hybrid.tools.convert.hf_config import hf_config
 from megatron_hybrid.tools.convert.output_folder import parse_size
+from megatron_hybrid.tools.direct_io import DirectWriter
 from megatron_hybrid.tools.generate import Sampling, generate, load_tokenizer
 from megatron_hybrid.tools.hf_logits import hf_logits, load_model
 from megatron_hybrid.tools.hf_mapping import ModelConfig
@@ -245,7 +246,7 @@ def test_what_a_killed_export_left_is_replaced(checkpoints: dict[int, Path], tmp
     load_model(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("fails_at", ["sha256_of", "check_written", "hf_config", "conversion_record"])
+@pytest.mark.parametrize("fails_at", ["finish", "check_written", "hf_config", "conversion_record"])
 def test_a_failure_leaves_nothing_and_keeps_the_earlier_export(
     checkpoints: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
 ) -> None:
@@ -254,7 +255,8 @@ def test_a_failure_leaves_nothing_and_keeps_the_earlier_export(
 
     earlier = tmp_path / "earlier"
     export(ExportOptions(checkpoints[1], earlier))
-    monkeypatch.setattr(source if fails_at == "sha256_of" else to_huggingface, fails_at, fail)
+    # `finish` fails in a thread, on the way to the disk.
+    monkeypatch.setattr(DirectWriter if fails_at == "finish" else to_huggingface, fails_at, fail)
     for output in (tmp_path / "hf", earlier):
         with pytest.raises(OSError, match="No space left"):
             export(ExportOptions(checkpoints[1], output, force=True))
@@ -322,6 +324,18 @@ def test_faults_of_the_checkpoint_are_found_before_anything_is_written(
     path = iteration / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:-300])
     refused(r"__0_0\.distcp: tensor \S+, chunk at .*truncated")
+
+
+def test_damage_is_found_in_rows_that_are_not_exported(save_folder: Path, tmp_path: Path) -> None:
+    """Padding rows of the vocabulary are zeros after the last true row; they are a part of what the checksum covers."""
+    path = save_folder / "iter_0000007" / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    last_row = model_tensors(mixed=False)["lm_head.weight"][-1].numpy().tobytes()
+    content[content.index(last_row) + len(last_row) + 5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ToolError, match=r"tensor output_layer.weight, .*: checksum of archive/data/0 does not match"):
+        export(ExportOptions(save_folder, tmp_path / "hf"))
+    assert [folder.name for folder in tmp_path.iterdir()] == ["save"]
 
 
 def test_an_iteration_folder_can_be_given_itself(checkpoints: dict[int, Path], tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Reading torch_dist checkpoints that Megatron wrote: exact, or refused in a line; nothing in them is executed."""
 
+import io
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.dcp_reader import TorchDistCheckpoint, find_iteration
+from megatron_hybrid.tools.torch_archive import FileSlice, plain_payload
 from tests.tools.tiny_model import Job, write_checkpoints
 
 SPLIT = "decoder.layers.0.self_attention.in_proj.weight.query"
@@ -63,6 +66,42 @@ def test_every_tensor_is_equal(written: Path, ranks: int) -> None:
         read = checkpoint.read(name)
         assert read.dtype == tensor.dtype, name
         assert torch.equal(read, tensor), name
+
+
+def test_plain_tensors_come_in_pieces_past_torch(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that conversions take; what it does not know goes through torch.load instead, and nobody would see."""
+    monkeypatch.delattr(torch, "load")
+    checkpoint = TorchDistCheckpoint(written / "2")
+    for name, tensor in TENSORS.items():
+        if tensor.is_floating_point():
+            assert torch.equal(checkpoint.read(name), tensor), name
+        pieces = checkpoint.pieces(name)
+        if pieces is not None:
+            assert b"".join(piece.tobytes() for piece in pieces) == tensor.view(-1).view(torch.uint8).numpy().tobytes()
+        by_columns = name.endswith("out_proj.weight")  # that rank 0 has the first of each row, rank 1 the rest
+        assert (pieces is None) == (by_columns or name == "counter"), name
+
+
+def _archive(content: object, change: Callable[[zipfile.ZipFile], object] = lambda archive: None) -> FileSlice:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        change(archive)
+    return FileSlice(buffer, 0, len(buffer.getvalue()))
+
+
+def test_what_is_not_plain_is_left_to_torch() -> None:
+    plain = torch.randn(6, 4)
+    payload = plain_payload(_archive(plain))
+    assert payload is not None and (payload.dtype, payload.shape) == ("float32", (6, 4))
+    for other in (plain.t(), plain[1:], plain[:, 1:], plain[:2], plain[:0], plain.double(), [plain], {"a": plain}, 3):
+        assert plain_payload(_archive(other)) is None, other
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        twice = _archive(plain, lambda archive: archive.writestr("archive/data/0", bytes(96)))
+    assert plain_payload(twice) is None
+    compressed = _archive(plain, lambda archive: archive.writestr("archive/more", bytes(9), zipfile.ZIP_DEFLATED))
+    assert plain_payload(compressed) is None
+    assert plain_payload(_archive(_Runs(os.getcwd))) is None
 
 
 class _Runs:

@@ -6,7 +6,6 @@ torch.save makes, and `.metadata` is torch's own records, which `dcp_reader` and
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import pickle  # only to write; nothing is loaded
@@ -19,12 +18,13 @@ from megatron_hybrid.tools.atomic_file import flush_to_disk, fsync_folder
 from megatron_hybrid.tools.cli import ToolError
 from megatron_hybrid.tools.convert.in_order import InOrder, workers
 from megatron_hybrid.tools.dcp_reader import METADATA_FILE
+from megatron_hybrid.tools.direct_io import DirectWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # a rank that loads a part of a tensor reads whole chunks
-FILE_BYTES = 2**30  # a file goes to the disk while the next is written, so at the end little is left to wait for
+FILE_BYTES = 2**30  # so that there are files enough to be read and checked side by side
 
 
 class DcpWriter:
@@ -37,7 +37,7 @@ class DcpWriter:
         folder: an existing empty folder.
         chunk_bytes: rows of a tensor are stored in blocks of at most this size.
         file_bytes: a file is closed and the next begun once it is this large.
-        lanes: threads that write, each into files of its own; each holds up to five blocks.
+        lanes: threads that write, each into files of its own, a block at a time.
     """
 
     def __init__(
@@ -127,47 +127,54 @@ def _alone(part: Tensor) -> Tensor:
 
 
 class _HashedFile:
-    """A file that is written once from front to back, and its hash."""
+    """A file that is written once from front to back by one thread, and its hash."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.size_bytes = path, 0
+        self.path = path
         self._digest = xxhash.xxh3_128()
-        self._handle = open(path, "wb")  # noqa: SIM115 closed by close()
+        self._file = DirectWriter(path)
+        self._content = self._file.range(0)
+
+    @property
+    def size_bytes(self) -> int:
+        """What was written so far."""
+        return self._content.size_bytes
 
     def write(self, content: Any) -> int:
         """For torch.save."""
+        import numpy
+
         self._digest.update(content)
-        self.size_bytes += len(content)
-        return self._handle.write(content)
+        self._content.write(numpy.frombuffer(content, numpy.uint8))
+        return len(content)
 
     def flush(self) -> None:
-        """For torch.save."""
-        self._handle.flush()
+        """For torch.save, which does not mean the disk."""
 
     def entry(self) -> dict[str, Any]:
         """What `checkpoint.commit.hash_file` would say."""
         return {"bytes": self.size_bytes, "xxh3": self._digest.hexdigest()}
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Everything is on the disk then."""
-        with self._handle:
-            flush_to_disk(self._handle)
+        self._content.end()
+        self._file.finish(self.size_bytes)
+        self._file.close()
 
     def abandon(self) -> None:
         """Closes it as it is."""
-        with contextlib.suppress(OSError):  # the disk is full, and the folder goes anyway
-            self._handle.close()
+        self._file.close()
 
 
 class _Lane:
-    """A thread and the file it writes, and another that waits for the disk to have the file before."""
+    """A thread and the file it writes."""
 
     def __init__(self, folder: Path, lane: int, file_bytes: int) -> None:
         self.places: dict[Any, Any] = {}
         self.hashes: dict[str, dict[str, Any]] = {}
         self._folder, self._lane, self._file_bytes, self._files = folder, lane, file_bytes, 0
         self._file: _HashedFile | None = None
-        self._thread, self._flush = InOrder(f"write{lane}", 4), InOrder(f"flush{lane}", 1)
+        self._thread = InOrder(f"write{lane}", 1)
 
     def store(self, name: str, content: Tensor | io.BytesIO, offsets: Any, index: int | None) -> None:
         """Hands a chunk over; its place is known after `finish`."""
@@ -180,12 +187,10 @@ class _Lane:
     def finish(self) -> None:
         """After `end`: everything is on the disk then."""
         self._thread.finish()
-        self._flush.finish()
 
     def abandon(self) -> None:
         """Stops early."""
         self._thread.stop()
-        self._flush.stop()
         if self._file is not None:
             self._file.abandon()
 
@@ -214,5 +219,5 @@ class _Lane:
     def _close_file(self) -> None:
         if self._file is not None:
             self.hashes[self._file.path.name] = self._file.entry()
-            self._flush.submit(self._file.close)
+            self._file.finish()
             self._file = None

@@ -1,4 +1,4 @@
-"""Work handed to one thread, done in the order in which it was handed over, with few pieces waiting."""
+"""Work handed to a thread or a few, begun in the order in which it was handed over, with few pieces waiting."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 
 
 def workers() -> int:
-    """Threads that write: the kernel's part of writing keeps a core busy at about 1 GB/s and less."""
-    return min(4, os.cpu_count() or 1)
+    """Threads that convert, two for a core: while one makes a hash, another waits for the disk."""
+    return 2 * min(4, os.cpu_count() or 1)
 
 
 class InOrder:
-    """One thread. An error in the work comes out of a later `submit` or of `finish`.
+    """Calls in threads of their own. An error in one comes out of a later `submit` or of `finish`.
 
     Args:
-        name: of the thread, for those who look at a running process.
+        name: of the threads, for those who look at a running process.
         waiting: pieces that may be outstanding; each holds its arguments, so this bounds memory.
+        threads: how many; with one, each call ends before the next begins.
     """
 
-    def __init__(self, name: str, waiting: int) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    def __init__(self, name: str, waiting: int, threads: int = 1) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._outstanding: deque[Future[Any]] = deque()
         self._waiting = waiting
 
@@ -34,7 +35,7 @@ class InOrder:
         self._outstanding.append(self._pool.submit(work, *arguments))
 
     def finish(self) -> None:
-        """Waits for all of it and ends the thread."""
+        """Waits for all of it and ends the threads."""
         try:
             while self._outstanding:
                 self._outstanding.popleft().result()
@@ -42,5 +43,5 @@ class InOrder:
             self.stop()
 
     def stop(self) -> None:
-        """Ends the thread after the call it is in; what waits is not done."""
+        """Ends the threads after the calls they are in; what waits is not done."""
         self._pool.shutdown(wait=True, cancel_futures=True)

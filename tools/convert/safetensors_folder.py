@@ -6,21 +6,23 @@ and what a file says is checked before it is used. Headers are checked by the pa
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
 import math
 import os
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hybrid.tools.atomic_file import flush_to_disk
 from megatron_hybrid.tools.cli import ToolError
-from megatron_hybrid.tools.convert.in_order import InOrder, workers
 from megatron_hybrid.tools.convert.output_folder import read_json
+from megatron_hybrid.tools.direct_io import DirectFile, DirectWriter, fill
 from megatron_hybrid.tools.hf_mapping import Shape
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from torch import Tensor
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -82,16 +84,11 @@ def read_tensor(place: TensorPlace, into: Tensor | None = None) -> Tensor:
         raise ToolError(f"{place.file}: {place.name} is {place.dtype}, legal: {', '.join(DTYPE_NAMES)}")
     tensor = torch.empty(place.shape, dtype=getattr(torch, place.dtype)) if into is None else into
     if tensor.numel():
-        target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-        with open(place.file, "rb", buffering=0) as handle:
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads further ahead
-            handle.seek(place.offset_bytes)
-            filled = 0
-            while filled < place.size_bytes:
-                count = handle.readinto(target[filled:])
-                if not count:
-                    raise ToolError(f"{place.file}: ends inside {place.name}; it is truncated, copy it again")
-                filled += count
+        try:
+            with DirectFile(place.file, os.O_RDONLY) as file:
+                fill(tensor, file.pieces(place.offset_bytes, place.size_bytes))
+        except EOFError:
+            raise ToolError(f"{place.file}: ends inside {place.name}; it is truncated, copy it again") from None
     return tensor
 
 
@@ -134,50 +131,73 @@ def read_folder(folder: Path, follow_symlinks: bool = False) -> dict[str, Tensor
 
 
 class SafetensorsWriter:
-    """Writes one file, its tensors in any order, byte for byte as safetensors' save_file would."""
+    """Writes one file byte for byte as safetensors' save_file would; several threads may write its tensors.
+
+    The file is made with the first tensor, and complete and on the disk with the last. `hashes` has the SHA-256 of
+    each that was written.
+    """
 
     def __init__(self, path: Path, tensors: dict[str, tuple[str, Shape]]) -> None:
         """tensors: dtype and shape by name, all that the file will hold."""
-        self._offsets: dict[str, tuple[int, int]] = {}
+        self.hashes: dict[str, str] = {}
+        self._path = path
+        self._file: DirectWriter | None = None
+        self._lock = threading.Lock()
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         # Wide types first, so that every tensor is aligned.
         for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-ITEM_BYTES[item[1][0]], item[0])):
             start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-            self._offsets[name] = start, end
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        self._data_start = 8 + len(text)
-        self._threads = [InOrder(f"write{number}", 2) for number in range(workers())]
-        self._turn = itertools.cycle(self._threads)
-        self._handle = open(path, "wb")  # noqa: SIM115 closed by close()
-        self._handle.write(len(text).to_bytes(8, "little") + text)
-        self._handle.flush()
+        self._header = len(text).to_bytes(8, "little") + text
+        self._size_bytes = len(self._header) + end
+        self._places = {
+            name: (len(self._header) + header[name]["data_offsets"][0], math.prod(shape) * ITEM_BYTES[dtype])
+            for name, (dtype, shape) in tensors.items()
+        }
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes a contiguous tensor, which must not be changed afterwards, to its place."""
+        """Writes a contiguous tensor to its place."""
         import torch
 
-        start, end = self._offsets.pop(name)
-        content = tensor.reshape(-1).view(torch.uint8).numpy()
-        if content.nbytes != end - start:
-            raise ToolError(f"{name}: {content.nbytes} bytes where {end - start} were planned; this is a defect")
-        next(self._turn).submit(self._write_at, self._data_start + start, memoryview(content))
+        self.write_pieces(name, [tensor.view(-1).view(torch.uint8).numpy()])
 
-    def _write_at(self, offset_bytes: int, content: memoryview) -> None:
-        while content:
-            written = os.pwrite(self._handle.fileno(), content, offset_bytes)
-            content, offset_bytes = content[written:], offset_bytes + written
+    def write_pieces(self, name: str, pieces: Iterable[ndarray[Any, Any]]) -> None:
+        """Writes a tensor to its place whose bytes come in pieces, in order."""
+        offset_bytes, size_bytes = self._places[name]
+        file = self._opened()
+        content = file.range(offset_bytes)
+        digest = hashlib.sha256()
+        try:
+            for piece in pieces:
+                digest.update(piece)
+                content.write(piece)
+            content.end()
+        except OSError as error:
+            raise ToolError(f"{self._path}: {name} could not be written ({error})") from None
+        if content.size_bytes != size_bytes:
+            raise ToolError(f"{name}: {content.size_bytes} bytes where {size_bytes} were planned; this is a defect")
+        with self._lock:
+            self.hashes[name] = digest.hexdigest()
+            complete = len(self.hashes) == len(self._places)
+        if complete:
+            file.finish(self._size_bytes)
+            self.close()
 
-    def close(self, complete: bool = True) -> None:
-        """Closes the file; with `complete`, once every planned tensor is on the disk."""
-        with self._handle:
-            for thread in self._threads:
-                thread.finish() if complete else thread.stop()
-            if complete:
-                if self._offsets:
-                    raise ToolError(
-                        f"{self._handle.name}: {next(iter(self._offsets))} was not written; this is a defect"
-                    )
-                flush_to_disk(self._handle)
+    def _opened(self) -> DirectWriter:
+        import numpy
+
+        with self._lock:
+            if self._file is None:
+                self._file = DirectWriter(self._path, self._size_bytes)
+                header = self._file.range(0)
+                header.write(numpy.frombuffer(self._header, numpy.uint8))
+                header.end()
+            return self._file
+
+    def close(self) -> None:
+        """Closes the file as it is."""
+        if self._file is not None:
+            self._file.close()

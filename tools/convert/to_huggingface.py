@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_hybrid.tools.cli import ToolError, byte_progress_bar
 from megatron_hybrid.tools.convert.common_state import folder_iteration
 from megatron_hybrid.tools.convert.hf_config import generation_config, hf_config
+from megatron_hybrid.tools.convert.in_order import InOrder, workers
 from megatron_hybrid.tools.convert.output_folder import RECORD_FILE, memory_line, new_folder, record, write_json
 from megatron_hybrid.tools.convert.safetensors_folder import (
     INDEX_FILE,
@@ -18,9 +20,13 @@ from megatron_hybrid.tools.convert.safetensors_folder import (
     SafetensorsWriter,
     read_header,
 )
-from megatron_hybrid.tools.convert.source import FP32_ISLANDS, Hashes, MegatronSource, Source, open_megatron, read_ahead
+from megatron_hybrid.tools.convert.source import FP32_ISLANDS, READERS, MegatronSource, open_megatron
 from megatron_hybrid.tools.convert.tokenizer_files import write_tokenizer_files
-from megatron_hybrid.tools.hf_mapping import Shape
+from megatron_hybrid.tools.direct_io import Stream
+from megatron_hybrid.tools.hf_mapping import Layout, Shape, TensorRule
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ def export(options: ExportOptions) -> str:
     )
 
 
-def planned_tensors(source: Source, options: ExportOptions) -> Iterator[PlannedTensor]:
+def planned_tensors(source: MegatronSource, options: ExportOptions) -> Iterator[PlannedTensor]:
     """Every output tensor in the order in which it is written."""
     for rule in source.rules:
         for name, shape in rule.hf:
@@ -116,29 +122,63 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def write_shards(source: Source, shards: Shards, folder: Path) -> dict[str, str]:
+def write_shards(source: MegatronSource, shards: Shards, folder: Path) -> dict[str, str]:
     """Writes the safetensors files; returns the SHA-256 of each tensor's bytes by name."""
-    import torch
-
-    hashes = Hashes()
-    stream = (item for _, tensors in read_ahead(source) for item in tensors.items())
     with byte_progress_bar("export", sum(t.size_bytes for shard in shards for t in shard)) as bar:
+        output = ShardsOutput(source, shards, folder, bar)
+        threads = InOrder("convert", len(source.rules), workers())
+        try:
+            # lm_head, the last, first: it is large, and at the end one thread would be left alone with it.
+            for rule in (source.rules[-1], *source.rules[:-1]):
+                threads.submit(output.write, rule)
+            threads.finish()
+        finally:
+            threads.stop()
+            output.close()
+    return output.hashes()
+
+
+class ShardsOutput:
+    """The safetensors files of an export, written rule by rule by several threads."""
+
+    def __init__(self, source: MegatronSource, shards: Shards, folder: Path, bar: tqdm[Any]) -> None:
+        self._source, self._bar, self._lock = source, bar, threading.Lock()
+        self._in_memory = threading.Semaphore(READERS)
+        self._planned = {tensor.name: tensor for shard in shards for tensor in shard}
+        self._writers: dict[str, SafetensorsWriter] = {}
         for file_name, shard in zip(shard_names(len(shards)), shards, strict=True):
             writer = SafetensorsWriter(folder / file_name, {t.name: (t.dtype, t.shape) for t in shard})
-            complete = False
-            try:
-                for planned in shard:
-                    name, tensor = next(stream)
-                    if (name, tuple(tensor.shape)) != (planned.name, planned.shape):
-                        raise ToolError(f"{planned.name}: {name} {list(tensor.shape)} came instead; this is a defect")
-                    tensor = tensor.to(getattr(torch, planned.dtype))
-                    hashes.add(name, tensor)
-                    writer.write(name, tensor)
-                    bar.update(planned.size_bytes)
-                complete = True
-            finally:
-                writer.close(complete)
-    return hashes.all()
+            self._writers |= dict.fromkeys((t.name for t in shard), writer)
+
+    def write(self, rule: TensorRule) -> None:
+        """Writes the tensors of a rule, piece by piece where the stored bytes are theirs one after the other."""
+        planned = [self._planned[name] for name, _ in rule.hf]
+        unchanged = rule.layout is not Layout.GROUPED_QKV and planned[0].dtype == self._source.dtype(rule)
+        if unchanged and (pieces := self._source.checkpoint.pieces(rule.megatron)):
+            stream = Stream(pieces)
+            for tensor in planned:
+                self._writers[tensor.name].write_pieces(tensor.name, stream.take(tensor.size_bytes))
+            stream.finish()
+        else:
+            with self._in_memory:
+                self._write_from_memory(rule)
+        with self._lock:
+            self._bar.update(sum(tensor.size_bytes for tensor in planned))
+
+    def _write_from_memory(self, rule: TensorRule) -> None:
+        import torch
+
+        for name, tensor in self._source.read(rule).items():
+            self._writers[name].write(name, tensor.to(getattr(torch, self._planned[name].dtype)))
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 by name, when all is written."""
+        return {name: writer.hashes[name] for name, writer in self._writers.items()}
+
+    def close(self) -> None:
+        """Closes the files as they are; whole ones are closed already."""
+        for writer in set(self._writers.values()):
+            writer.close()
 
 
 def check_written(shards: Shards, folder: Path) -> list[str]:
