@@ -33,11 +33,12 @@ class DeltaRule(torch.autograd.Function):
         problem = make_problem(q, v, options, cu_seqlens)
         gates = Gates(a, b, A_log, dt_bias)
         made, solved = launch.prepare(problem, (q, k, v), gates, None)
-        states = launch.scan(problem, made, solved, initial=initial, want_states=False, want_final=want_final)
+        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        states = launch.scan(problem, made, solved, initial=initial, o=o, want_final=want_final)
         ctx.save_for_backward(q, k, v, *gates, *solved, states.kept, initial)
         ctx.problem = problem
         ctx.set_materialize_grads(False)
-        return states.o, states.final
+        return o, states.final
 
     @staticmethod
     @once_differentiable
@@ -46,7 +47,7 @@ class DeltaRule(torch.autograd.Function):
         problem: Problem = ctx.problem
         gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb)
         made, _ = launch.prepare(problem, (q, k, v), gates, None, solved)
-        states = launch.scan(problem, made, solved, initial=initial, kept=kept, want_o=False, is_again=True)
+        states = launch.scan(problem, made, solved, initial=initial, kept=kept, is_again=True)
         do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else with_unit_stride(do)
         dfinal = None if dfinal is None else dfinal.contiguous()
         adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal, want_dinitial=ctx.needs_input_grad[7])
@@ -90,8 +91,10 @@ class MixerCore(torch.autograd.Function):
             with torch.enable_grad():
                 incoming = wait()
             ctx.passed, initial = (incoming, S), incoming.detach().contiguous()
-        states = launch.scan(problem, made, solved, initial=initial, want_o=False, want_final=want_final)
-        y = launch.output(problem, made, solved, states, z, norm_weight)
+        y = torch.empty_like(made.v)
+        o = launch.unnormed(y)
+        states = launch.scan(problem, made, solved, initial=initial, o=o, want_final=want_final)
+        launch.norm(problem, o, z, norm_weight, y)
         ctx.save_for_backward(qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, initial, *solved, states.kept)
         ctx.problem, ctx.heads = problem, heads
         ctx.set_materialize_grads(False)
@@ -107,14 +110,14 @@ class MixerCore(torch.autograd.Function):
         a, b = ab.chunk(2, dim=-1)
         gates, solved, conv = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb), Conv(conv_weight, halo)
         made, _ = launch.prepare(problem, (x, x, x), gates, conv, solved)
-        states = launch.scan(problem, made, solved, initial=initial, kept=kept, is_again=True)
+        do = torch.empty_like(made.v)
+        o = launch.unnormed(do)
+        states = launch.scan(problem, made, solved, initial=initial, kept=kept, o=o, is_again=True)
         dqkvz = torch.empty(qkvz.shape, dtype=qkvz.dtype, device=qkvz.device)
         dab = torch.empty(ab.shape, dtype=ab.dtype, device=ab.device)
         dz = split_projection(dqkvz, ctx.heads)[3]
         dy = made.v.new_zeros(made.v.shape) if dy is None else with_unit_stride(dy)
-        do = states.o  # until its gradient takes its place
-        assert do is not None
-        dnorm = launch.norm_backward(problem, do, z, norm_weight, dy, dz)
+        dnorm = launch.norm_backward(problem, o, z, norm_weight, dy, do, dz)
         dfinal = None if dfinal is None else dfinal.contiguous()
         want_dinitial = ctx.needs_input_grad[7]
         if ctx.passed is not None:
@@ -169,7 +172,7 @@ class Summary(torch.autograd.Function):
         gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb)
         widened, initial = Summary.widen(k, v, problem.layout.N // problem.B)
         made, _ = launch.prepare(problem, (k, k, widened), gates, None, solved)
-        states = launch.scan(problem, made, solved, initial=initial, want_o=False, is_again=True)
+        states = launch.scan(problem, made, solved, initial=initial, is_again=True)
         do = torch.zeros_like(widened)
         adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal.contiguous(), want_dinitial=False)
         da, db = torch.empty(2, *a.shape, dtype=a.dtype, device=a.device)

@@ -274,13 +274,17 @@ def key_gradient(
     written = tl.sum(k0 * write0, 1) + tl.sum(k1 * write1, 1)
     dG = tl.sum(k0 * read0, 1) + tl.sum(k1 * read1, 1) - written
     dG_end = tl.sum(written) + exp_fp32(G_end) * tl.sum(h_ds)
-    q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
-    q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
     plain, transposed = r[:, None] * C + r[None, :], r[None, :] * C + r[:, None]
-    dP_t = tl.load(dP + transposed)
-    both = tl.load(dN + plain) + tl.load(dN + transposed)  # triangles that do not overlap: nothing is rounded
-    dk0 = tl.dot(both, k0, tl.dot(dP_t, q0, write0 + read0))
-    dk1 = tl.dot(both, k1, tl.dot(dP_t, q1, write1 + read1))
+    dk0, dk1 = write0 + read0, write1 + read1
+    # dP^T Q, then dN^T K: in a loop, since products in a chain are given to 8 warps another way, each row twice, and
+    # the sums go through shared memory from one way to the other and back.
+    for part in range(2):
+        scores = tl.load(tl.where(part == 0, dP, dN) + transposed)
+        x = tl.where(part == 0, q, k)
+        dk0 = tl.dot(scores, load_tile(x, Hk * K, left, 0, C, KA, K), dk0)
+        dk1 = tl.dot(scores, load_tile(x, Hk * K, left, KA, C, KB, K), dk1)
+    scores = tl.load(dN + plain)
+    dk0, dk1 = tl.dot(scores, k0, dk0), tl.dot(scores, k1, dk1)
     if L2NORM:
         dk0, dk1 = unnormalised(dk0, dk1, k0, k1, tl.load(rstd + r))
     store_tile(dk, dk0, H * K, left, 0, C, KA, K)

@@ -16,7 +16,7 @@ from megatron_hybrid.kernels.triton_backward import (
     query_gradient_kernel,
 )
 from megatron_hybrid.kernels.triton_conv import conv_backward_kernel
-from megatron_hybrid.kernels.triton_forward import output_kernel, scan_kernel
+from megatron_hybrid.kernels.triton_forward import norm_kernel, scan_kernel
 from megatron_hybrid.kernels.triton_prepare import conv_kernel, diagonal_kernel, prepare_kernel
 from megatron_hybrid.kernels.triton_tiles import CHUNK, Layout, make_layout, split_dim
 
@@ -116,10 +116,9 @@ class Prepared(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """What a scan was asked for: o [B, T, H, V], h [NC, H, V, K], u [B * T, H, V], kept states [segments, H, V, K]
-    (fp32 unless all are kept), final [N, H, K, V] fp32."""
+    """What a scan was asked for: h [NC, H, V, K], u [B * T, H, V], kept states [segments, H, V, K] (fp32 unless all
+    are kept), final [N, H, K, V] fp32."""
 
-    o: Tensor | None
     h: Tensor | None
     u: Tensor | None
     kept: Tensor | None
@@ -234,22 +233,32 @@ def summary(problem: Problem, made: Prepared, solved: Solved) -> tuple[Tensor, T
     return results[0], results[1]
 
 
+def unnormed(x: Tensor) -> Tensor:
+    """The memory of x [B, T, H, V] for the output before its norm, until the norm's result takes its place.
+
+    fp16 where x is bf16: eight times finer, since bf16's rounding alone takes y past its bound. fp16 ends at 65,504:
+    o = scale S^T q stays below 2 K^-1/2 times the sum of |v| over the tokens a state remembers, and what is beyond
+    becomes inf and so NaN in its row of y: a loss that stops the run, where a bound would be silently wrong. Below 6e-5
+    it is good to 3e-8, nothing beside sqrt(norm_eps).
+    """
+    return x.view(torch.float16) if x.dtype == torch.bfloat16 else x
+
+
 def scan(
     problem: Problem, made: Prepared, solved: Solved, *, initial: Tensor | None = None, kept: Tensor | None = None,
-    want_o: bool = True, want_states: bool = True, want_final: bool = False, is_again: bool = False,
+    o: Tensor | None = None, want_final: bool = False, is_again: bool = False,
 ) -> Scanned:  # fmt: skip
     """The recurrence through all chunks: document by document, or, from the states kept before, all pieces at once.
 
-    initial [N, H, K, V] fp32. want_states: h and u. The first time states are kept as the options say; not is_again,
-    in a backward pass.
+    initial [N, H, K, V] fp32. o [B, T, H, V] of any dtype is written when given. The first time states are kept as the
+    options say; is_again, in a backward pass, h and u are wanted instead.
     """
     B, T, _Hk, H, K, V, options, layout, segments = problem
     every, k = options.states_every, made.k
     in_pieces = kept is not None
-    o = made.v.new_empty(B, T, H, V) if want_o else None
-    u = k.new_empty(B * T, H, V) if want_states else None
+    u = k.new_empty(B * T, H, V) if is_again else None
     h = kept if every == 1 else None
-    write_states = h is None and (want_states or every == 1)
+    write_states = h is None and (is_again or every == 1)
     if write_states:
         h = k.new_empty(layout.num_chunks, H, V, K)
     final = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=k.device) if want_final else None
@@ -258,46 +267,42 @@ def scan(
         kept = h if every == 1 else k.new_empty(segments.num_chunks, H, V, K, dtype=torch.float32)
     where = layout if segments is None else segments
     programs = where.num_chunks if in_pieces else layout.N
-    launch = launch_for("scan_again" if in_pieces else "scan", K, V)
+    launch = launch_for("scan_again" if is_again else "scan", K, V)
     scan_kernel[(programs * H * triton.cdiv(V, launch.block),)](
         made.q, k, made.v, solved.Tb, made.P, solved.G, solved.beta,
         *(k if x is None else x for x in (initial, o, h, u, kept, final)),
         layout.bounds, layout.chunk_start, where.chunk_doc, where.chunk_start, T, options.scale, **strides(v=made.v),
         **problem.sizes, BV=launch.block, SEGMENT=every if in_pieces else 0,
         EVERY=every if every > 1 and not is_again else 0,
-        INITIAL=initial is not None, FINAL=want_final, OUT=want_o, STATES=write_states, VALUES=want_states, MAP=False,
-        **launch.options,
+        INITIAL=initial is not None, FINAL=want_final, OUT=o is not None, STATES=write_states, VALUES=is_again,
+        MAP=False, **launch.options,
     )  # fmt: skip
-    return Scanned(o, h, u, kept, final)
+    return Scanned(h, u, kept, final)
 
 
-def output(
-    problem: Problem, made: Prepared, solved: Solved, states: Scanned, z: Tensor | None, norm_weight: Tensor
-) -> Tensor:
-    """y [B, T, H, V]: the output through the RMSNorm with weight [V], times silu(z) when there is z [B, T, H, V]."""
-    B, T, _Hk, H, K, V, options, layout, _ = problem
-    y = made.v.new_empty(B, T, H, V)
+def norm(problem: Problem, o: Tensor, z: Tensor | None, norm_weight: Tensor, y: Tensor) -> None:
+    """Fills y [B, T, H, V], which may be o's memory: o through the RMSNorm with weight [V], times silu(z) if any."""
+    rows = y.numel() // y.shape[-1]
     gate = y if z is None else z
-    launch = launch_for("output", K, V)
-    output_kernel[(layout.num_chunks * H,)](
-        made.q, made.P, solved.G, states.h, states.u, gate, norm_weight, y,
-        **problem.tables, T=T, scale=options.scale, eps=options.norm_eps, **strides(z=gate), **problem.sizes,
-        BV=launch.block, GATE=z is not None, **launch.options,
+    launch = launch_for("norm", problem.K, problem.V)
+    VA, VB = split_dim(problem.V)
+    norm_kernel[(triton.cdiv(rows, launch.block),)](
+        o, gate, norm_weight, y, problem.T, rows, problem.options.norm_eps, **strides(z=gate),
+        H=problem.H, V=problem.V, VA=VA, VB=VB, R=launch.block, GATE=z is not None, **launch.options,
     )  # fmt: skip
-    return y
 
 
 def norm_backward(
-    problem: Problem, o: Tensor, z: Tensor | None, norm_weight: Tensor, dy: Tensor, dz: Tensor | None
+    problem: Problem, o: Tensor, z: Tensor | None, norm_weight: Tensor, dy: Tensor, do: Tensor, dz: Tensor | None
 ) -> Tensor:
-    """Gradient of norm_weight [V] fp32. o [B, T, H, V] becomes its own gradient, dz (any strides) is written too."""
+    """Gradient of norm_weight [V] fp32. do [B, T, H, V], which may be o's memory, and dz (any strides) are written."""
     _B, T, _Hk, H, K, V, options, layout, _ = problem
     dw = torch.empty(layout.num_chunks, H, V, dtype=torch.float32, device=o.device)
     VA, VB = split_dim(V)
-    gate, dgate = (o, o) if z is None or dz is None else (z, dz)
+    gate, dgate = (do, do) if z is None or dz is None else (z, dz)
     launch = launch_for("norm_backward", K, V)
     norm_backward_kernel[(layout.num_chunks * H,)](
-        o, gate, dy, norm_weight, o, dgate, dw, **problem.tables, T=T, eps=options.norm_eps,
+        o, gate, dy, norm_weight, do, dgate, dw, **problem.tables, T=T, eps=options.norm_eps,
         **strides(z=gate, dy=dy, dz=dgate), H=H, V=V, VA=VA, VB=VB, C=CHUNK, R=launch.block, GATE=z is not None,
         PACKED=layout.is_packed, **launch.options,
     )  # fmt: skip

@@ -68,11 +68,9 @@ def variants() -> dict[tuple[Any, ...], Recorded]:
 
 
 #: Instructions that spill, loads and stores of local memory. On sm_90 the gradients take half a multiprocessor's
-#: registers: two chunks on one multiprocessor with these spills are faster than one without (337 against 418 us).
-SPILLS = {
-    ("scan", 90): 16, ("query_gradient", 90): 2, ("key_gradient", 90): 38,
-    ("scan", 100): 102, ("adjoint_scan", 100): 166, ("key_gradient", 100): 48,
-}  # fmt: skip
+#: registers, so that two chunks share one: with 38 in the gradients of k that was faster than one chunk without (337
+#: against 418 us).
+SPILLS = {("query_gradient", 90): 2, ("scan", 100): 69, ("adjoint_scan", 100): 143, ("key_gradient", 100): 3}
 
 
 def test_every_launch_compiles_for_hopper() -> None:
@@ -88,7 +86,7 @@ def test_matrix_units_and_registers(capability: int, unit: str) -> None:
         used = resources(compile_for(launch, capability))
         assert used.shared_bytes <= SHARED_BYTES
         assert used.spill_bytes <= SPILLS.get((launch.name, capability), 0), (launch.name, used)
-        if launch.name in ("prepare", "scan", "output", "adjoint_scan", "query_gradient", "key_gradient"):
+        if launch.name in ("prepare", "scan", "adjoint_scan", "query_gradient", "key_gradient"):
             assert all(name.startswith(unit) for name in used.instructions), (launch.name, used.instructions)
             widths = [int(name.split(".")[1].split("x")[1]) for name in used.instructions if capability == 90]
             assert max(widths, default=0) <= 64, (launch.name, used.instructions)

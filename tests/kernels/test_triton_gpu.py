@@ -224,6 +224,29 @@ def test_mixer_core(packed: bool) -> None:
     assert {n: e for n, e in errors.items() if not e <= tolerances.get(n, 0.015)} == {}
 
 
+def test_output_beyond_fp16_is_nan() -> None:
+    """Between scan and norm the output is fp16: rows in which it overflows have a NaN, all others are right."""
+    Hk, H, K, V = MODEL
+    D, T = 2 * Hk * K + H * V, 200
+    qkvz, weight = rand(1, T, D + H * V, seed=1).bfloat16(), 0.3 * rand(D, 4, seed=2)
+    weight[-V:] *= 1e6  # v of the last head
+    gates = (torch.zeros(H, device="cuda"), torch.full((H,), -3.0, device="cuda"), torch.ones(V, device="cuda"))
+    ab = rand(1, T, 2 * H, seed=3).bfloat16()
+    sizes = {"num_key_heads": Hk, "num_value_heads": H, "key_dim": K, "value_dim": V}
+    results = []
+    for backend in ("triton", "reference"):
+        tensors = (qkvz, ab, weight.bfloat16(), *gates)
+        with launches(), torch.no_grad():
+            y, _ = gated_delta.mixer_core(
+                *(x.double() if backend == "reference" else x for x in tensors), **sizes, backend=backend
+            )
+        results.append(y.unflatten(2, (H, V)))
+    y, expected = results
+    right = y.isfinite().all(-1)
+    assert right[:, :, :-1].all() and not right[:, :, -1].all()
+    assert relative(y[right], expected[right]) <= 0.006
+
+
 def test_shard_summary() -> None:
     """What a summary is for: the state after the tokens, from a state as earlier tokens leave it, head by head.
 
