@@ -38,7 +38,7 @@ CANDIDATES = {
 
 
 def mixer(H: int, K: int, V: int, T: int, device: str) -> Callable[[], Any]:
-    """Forward and backward of one mixer core, no states kept, and of one delta rule with some."""
+    """Forward and backward of one mixer core, no states kept and then all, and of one delta rule with some states."""
     from megatron_hybrid.kernels.triton_autograd import DeltaRule, MixerCore, Options
 
     D = 2 * H * K + H * V
@@ -50,11 +50,12 @@ def mixer(H: int, K: int, V: int, T: int, device: str) -> Callable[[], Any]:
 
     def run() -> None:
         x, gates = qkvz.detach().requires_grad_(), ab.detach().requires_grad_()
-        options = Options(K**-0.5)
-        y, _ = MixerCore.apply(
-            x, gates, weight, A_log, dt_bias, norm, None, None, (H, H, K, V), options, None, False, None
-        )  # fmt: skip
-        torch.autograd.grad(y, [x, gates], dy)
+        for keep in (False, True):
+            options = Options(K**-0.5, keep_intermediates=keep)
+            y, _ = MixerCore.apply(
+                x, gates, weight, A_log, dt_bias, norm, None, None, (H, H, K, V), options, None, False, None
+            )  # fmt: skip
+            torch.autograd.grad(y, [x, gates], dy)
         q, k, v = (part.unflatten(2, (H, -1)) for part in x[..., :D].split([H * K, H * K, H * V], dim=-1))
         a, b = gates.chunk(2, dim=-1)
         options = Options(K**-0.5, states_every=32)
