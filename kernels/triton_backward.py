@@ -227,10 +227,14 @@ def query_gradient(
     dr_dot_u = tl.sum(tl.where(i == j, dr_u, 0.0), 1)
     dN = tl.where(i > j, -lower * dr_u, 0.0)
     tl.store(dN_out + i * C + j, dN.to(dtype))
+    kk = tl.zeros([C, C], dtype=tl.float32)
+    for part in range((KA + KB) // KB):
+        k_part = load_block(k, Hk * K, left, part * KB, C, KB, K)
+        kk = tl.dot(k_part, tl.trans(k_part), kk)
+    dN *= kk
+    dG += tl.sum(dN, 1) - tl.sum(dN, 0)
     k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
     k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
-    dN *= tl.dot(k1, tl.trans(k1), tl.dot(k0, tl.trans(k0)))
-    dG += tl.sum(dN, 1) - tl.sum(dN, 0)
     q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
     q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
     from_state = (scale * exp_fp32(G))[:, None]
