@@ -220,19 +220,18 @@ def query_gradient(
     dtype = q.dtype.element_ty
     inside = i >= j
     lower = tl.where(inside, exp_fp32(tl.where(inside, G[:, None] - G[None, :], 0.0)), 0.0)
-    scores = do_u * tl.load(P + i * C + j).to(tl.float32)
-    dG = tl.sum(scores, 1) - tl.sum(scores, 0)
-    dP = (do_u * lower * scale).to(dtype)
-    tl.store(dP_out + i * C + j, dP)
     dr_dot_u = tl.sum(tl.where(i == j, dr_u, 0.0), 1)
     dN = tl.where(i > j, -lower * dr_u, 0.0)
     tl.store(dN_out + i * C + j, dN.to(dtype))
+    dP = (do_u * lower * scale).to(dtype)
+    tl.store(dP_out + i * C + j, dP)
+    by_G = do_u * tl.load(P + i * C + j).to(tl.float32)
     kk = tl.zeros([C, C], dtype=tl.float32)
     for part in range((KA + KB) // KB):
         k_part = load_block(k, Hk * K, left, part * KB, C, KB, K)
         kk = tl.dot(k_part, tl.trans(k_part), kk)
-    dN *= kk
-    dG += tl.sum(dN, 1) - tl.sum(dN, 0)
+    by_G += dN * kk
+    dG = tl.sum(by_G, 1) - tl.sum(by_G, 0)
     k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
     k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
     q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
