@@ -258,7 +258,8 @@ def key_gradient(
     write1 = tl.zeros([C, KB], dtype=tl.float32)
     read0 = tl.zeros([C, KA], dtype=tl.float32)
     read1 = tl.zeros([C, KB], dtype=tl.float32)
-    h_ds = tl.zeros([BV], dtype=tl.float32)
+    h_ds0 = tl.zeros([BV], dtype=tl.float32)
+    h_ds1 = tl.zeros([BV], dtype=tl.float32)
     for i_v in range((V + BV - 1) // BV):
         u_v = load_block(u, H * V, left, i_v * BV, C, BV, V)
         dr_v = load_block(dr, H * V, left, i_v * BV, C, BV, V)
@@ -270,7 +271,8 @@ def key_gradient(
         write1 = tl.dot(u_v, ds1, write1)
         read0 = tl.dot(dr_v, h0, read0)
         read1 = tl.dot(dr_v, h1, read1)
-        h_ds += tl.sum(h0.to(tl.float32) * ds0.to(tl.float32), 1) + tl.sum(h1.to(tl.float32) * ds1.to(tl.float32), 1)
+        h_ds0 += tl.sum(h0.to(tl.float32) * ds0.to(tl.float32), 1)
+        h_ds1 += tl.sum(h1.to(tl.float32) * ds1.to(tl.float32), 1)
     r = tl.arange(0, C)
     G = tl.load(G_row + r)
     G_end = tl.load(G_row + C - 1)
@@ -279,9 +281,8 @@ def key_gradient(
     read0, read1 = read0 * -gam, read1 * -gam
     k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
     k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
-    written = tl.sum(k0 * write0, 1) + tl.sum(k1 * write1, 1)
-    dG = tl.sum(k0 * read0, 1) + tl.sum(k1 * read1, 1) - written
-    dG_end = tl.sum(written) + exp_fp32(G_end) * tl.sum(h_ds)
+    dG = tl.sum(k0 * (read0 - write0), 1) + tl.sum(k1 * (read1 - write1), 1)
+    dG_end = tl.sum(k0 * write0) + tl.sum(k1 * write1) + exp_fp32(G_end) * tl.sum(h_ds0 + h_ds1)
     plain, transposed = r[:, None] * C + r[None, :], r[None, :] * C + r[:, None]
     dk0, dk1 = write0 + read0, write1 + read1
     # dP^T Q, then dN^T K: in a loop, since products in a chain are given to 8 warps another way, each row twice, and
