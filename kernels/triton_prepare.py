@@ -22,6 +22,7 @@ from megatron_hybrid.kernels.triton_tiles import (
     locate_chunk,
     sigmoid_fp32,
     softplus_fp32,
+    store_state,
     store_tile,
 )
 
@@ -253,14 +254,13 @@ def prepare_kernel(
         G = tl.load(G_out + chunk * C + r)
     i, j = r[:, None], r[None, :]
     decay = tl.where(i >= j, exp_fp32(tl.where(i >= j, G[:, None] - G[None, :], 0.0)), 0.0)
-    square = chunk * C * C + i * C + j
     if SCORES:
         P = tl.dot(q0, tl.trans(k0)) + tl.dot(q1, tl.trans(k1))
-        tl.store(P_out + square, (P * decay * scale).to(dtype))
+        store_state(P_out + chunk * C * C, P * decay * scale, 0, 0, C, C, C, C)
     if SOLVE:
         M = (tl.dot(k0, tl.trans(k0)) + tl.dot(k1, tl.trans(k1))) * decay * beta[None, :]
         M = tl.where(i // 32 > j // 32, M, 0.0)
         blocks = diagonal_in + chunk * 2048 + i * 32 + j % 32
         X = tl.load(blocks, mask=i // 32 == j // 32, other=0.0)
         X -= tl.dot(tl.dot(X, M, input_precision=PRECISION), X, input_precision=PRECISION)
-        tl.store(Tb_out + square, X.to(dtype))
+        store_state(Tb_out + chunk * C * C, X, 0, 0, C, C, C, C)
