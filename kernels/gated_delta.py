@@ -160,9 +160,9 @@ def mixer_core(
         from megatron_hybrid.kernels.triton_autograd import MixerCore, Options, with_unit_stride
 
         options = Options(K**-0.5, allow_neg_eigval, norm_eps=norm_eps, **keep)
-        halo = None if conv_halo is None else F.pad(conv_halo, (4 - W, 0)).contiguous()
+        halo = None if conv_halo is None else _four_taps(conv_halo, 4 - W)
         y, final = MixerCore.apply(
-            with_unit_stride(qkvz), with_unit_stride(ab), F.pad(weight, (4 - W, 0)).contiguous(), A_log, dt_bias,
+            with_unit_stride(qkvz), with_unit_stride(ab), _four_taps(weight, 4 - W), A_log, dt_bias,
             norm_weight, halo, _fp32(initial_state), (Hk, H, K, V), options, cu_seqlens, output_final_state,
             pass_states,
         )  # fmt: skip
@@ -250,6 +250,11 @@ def decode_step(
         state.copy_(final)
     conv_state.copy_(torch.cat([conv_state[..., 1:], qkvz[:, :D, None].to(conv_state.dtype)], dim=-1))
     return y
+
+
+def _four_taps(x: Tensor, missing: int) -> Tensor:
+    """Weights or history of a narrower convolution with zeros for the oldest taps; x itself where none is missing."""
+    return (F.pad(x, (missing, 0)) if missing else x).contiguous()
 
 
 def _kept(states_every: int, keep_intermediates: bool) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def query_gradient(
     tl.store(dP_out + i * C + j, dP)
     by_G = do_u * tl.load(P + i * C + j).to(tl.float32)
     kk = tl.zeros([C, C], dtype=tl.float32)
-    for part in range((KA + KB) // KB):
+    for part in range((K + KB - 1) // KB):
         k_part = load_block(k, Hk * K, left, part * KB, C, KB, K)
         kk = tl.dot(k_part, tl.trans(k_part), kk)
     by_G += dN * kk

@@ -336,8 +336,7 @@ def test_bytes_kept_for_the_backward() -> None:
 
     inputs = size * (2 * Hk * K + 2 * H * V + 2 * H)
     states = H * K * V / 64
-    conv = 4 * (2 * Hk * K + H * V) * size / (B * T)  # the padded copy of the weight
-    common = inputs + size * H * V + (64 * size + 8) * H + conv
+    common = inputs + size * H * V + (64 * size + 8) * H
     some, expected = kept("every2")
     assert some == pytest.approx(common + 4 * states / 2, abs=1)
     less, found = kept("every2", recompute=True)
