@@ -169,6 +169,8 @@ def test_extremes(change: dict) -> None:
     for x, y, name in zip(actual, torch.autograd.grad(expected, list(doubles.values()), weight), leaves, strict=True):
         assert x.isfinite().all(), name
         bound = 3 * tolerance * y.norm() + 1e-6 * weight.norm()
+        if name == "A_log":  # the sum of dg g over the tokens: what rounds in dg counts |g| times
+            bound += 1e-7 * reference.gates(*(doubles[n] for n in ("a", "b", "A_log", "dt_bias")))[0].abs().sum()
         assert (x.double() - y).norm() <= bound, name
 
 
