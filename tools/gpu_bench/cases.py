@@ -86,6 +86,7 @@ def _peers(flags: tuple[str, ...], **more: Any) -> list[Case]:
 def _speed() -> list[Case]:
     cases = [
         Case("ours", "8k", flags=_SHORT),
+        Case("ours, intermediates kept", "8k", flags=(*_SHORT, "--gdn-keep-intermediates")),
         Case(
             "Megatron-Core's GDN + FLA",
             "8k",
