@@ -37,8 +37,8 @@ DEFAULTS: dict[str, Launch] = {
     "diagonal": Launch(1, 1),
     "prepare": Launch(4, 1),
     "scan": Launch(4, 2, 64),
-    "scan_again": Launch(4, 2, 64),  # all pieces at once, from kept states
-    "output": Launch(4, 2, 64),
+    "scan_again": Launch(4, 2, 64),  # in the backward: states and new values too
+    "norm": Launch(4, 1, 16),
     "norm_backward": Launch(4, 1, 8),
     "adjoint_scan": Launch(4, 2, 64),
     "query_gradient": Launch(8, 1, 64, 128),

@@ -59,7 +59,7 @@ def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, *,
     scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
     cu_seqlens: Tensor | None = None, allow_neg_eigval: bool = True, qk_l2norm: bool = True, states_every: int = 0,
-    backend: str | None = None,
+    keep_intermediates: bool = False, backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """o and the final state of S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t.
 
@@ -72,7 +72,9 @@ def gated_delta_rule(
         cu_seqlens: [N + 1] int32 or int64, document boundaries 0 ... T of one packed row (B = 1). On a GPU its
             values are not read back, so they are not checked.
         qk_l2norm: normalise q and k; without it they are taken as normalised.
-        states_every: keep the state entering every n-th chunk of 64 tokens for the backward; 0 keeps none.
+        states_every: triton: keep the state entering every n-th chunk of 64 tokens for the backward; 0 keeps none.
+        keep_intermediates: triton: keep all that the backward reads, so that it computes nothing again; the states are
+            part of it, so states_every must be 0. The same gradients either way.
         backend: see the top of this file.
 
     Returns:
@@ -82,12 +84,13 @@ def gated_delta_rule(
     Source: "Gated Delta Networks" (arXiv 2412.06464), with beta up to 2.
     """
     _check_delta(q, k, v, a, b, cu_seqlens)
+    keep = _kept(states_every, keep_intermediates)
     name = choose_backend(backend, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if name == "triton" and v.numel():
         from megatron_hybrid.kernels.triton_autograd import DeltaRule, Options, with_unit_stride
 
-        options = Options(scale, allow_neg_eigval, qk_l2norm, states_every)
+        options = Options(scale, allow_neg_eigval, qk_l2norm, **keep)
         q, k, v, a, b = (with_unit_stride(x) for x in (q, k, v, a, b))
         state = _fp32(initial_state)
         return DeltaRule.apply(q, k, v, a, b, A_log, dt_bias, state, options, cu_seqlens, output_final_state)
@@ -110,7 +113,7 @@ def mixer_core(
     num_key_heads: int, num_value_heads: int, key_dim: int, value_dim: int, allow_neg_eigval: bool = True,
     norm_eps: float = 1e-5, cu_seqlens: Tensor | None = None, conv_halo: Tensor | None = None,
     initial_state: Tensor | None = None, output_final_state: bool = False, states_every: int = 0,
-    pass_states: PassStates | None = None, backend: str | None = None,
+    keep_intermediates: bool = False, pass_states: PassStates | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Everything of a mixer between its projections: conv + SiLU, l2norm, gates, delta rule, gated RMSNorm.
 
@@ -120,7 +123,8 @@ def mixer_core(
         ab: [B, T, 2 H], a then b.
         conv_weight: [D, W] or [D, 1, W], W <= 4. norm_weight: [V].
         conv_halo: [N, D, W - 1], the inputs before each document, oldest first; zeros if None.
-        initial_state, output_final_state, cu_seqlens, states_every, allow_neg_eigval: as in `gated_delta_rule`.
+        initial_state, output_final_state, cu_seqlens, states_every, keep_intermediates, allow_neg_eigval: as in
+            `gated_delta_rule`.
         pass_states: for documents that other ranks share (`PassStates`); then there is no initial_state.
 
     Returns:
@@ -143,6 +147,7 @@ def mixer_core(
         raise ValueError(
             "pass_states brings the initial states and takes the final ones: neither can be given or asked"
         )
+    keep = _kept(states_every, keep_intermediates)
     name = choose_backend(backend, qkvz)
     if name == "fla":
         if conv_halo is not None or pass_states is not None:
@@ -154,10 +159,10 @@ def mixer_core(
     if name == "triton" and qkvz.numel():
         from megatron_hybrid.kernels.triton_autograd import MixerCore, Options, with_unit_stride
 
-        options = Options(K**-0.5, allow_neg_eigval, True, states_every, norm_eps=norm_eps)
-        halo = None if conv_halo is None else F.pad(conv_halo, (4 - W, 0)).contiguous()
+        options = Options(K**-0.5, allow_neg_eigval, norm_eps=norm_eps, **keep)
+        halo = None if conv_halo is None else _four_taps(conv_halo, 4 - W)
         y, final = MixerCore.apply(
-            with_unit_stride(qkvz), with_unit_stride(ab), F.pad(weight, (4 - W, 0)).contiguous(), A_log, dt_bias,
+            with_unit_stride(qkvz), with_unit_stride(ab), _four_taps(weight, 4 - W), A_log, dt_bias,
             norm_weight, halo, _fp32(initial_state), (Hk, H, K, V), options, cu_seqlens, output_final_state,
             pass_states,
         )  # fmt: skip
@@ -245,6 +250,22 @@ def decode_step(
         state.copy_(final)
     conv_state.copy_(torch.cat([conv_state[..., 1:], qkvz[:, :D, None].to(conv_state.dtype)], dim=-1))
     return y
+
+
+def _four_taps(x: Tensor, missing: int) -> Tensor:
+    """Weights or history of a narrower convolution with zeros for the oldest taps; x itself where none is missing."""
+    return (F.pad(x, (missing, 0)) if missing else x).contiguous()
+
+
+def _kept(states_every: int, keep_intermediates: bool) -> dict[str, Any]:
+    """Both as Options takes them: nothing is kept where there will be no backward. Raises ValueError for both."""
+    if keep_intermediates and states_every:
+        raise ValueError(
+            f"keep_intermediates keeps every state already: states_every is {states_every}, it must be 0 with it"
+        )
+    if not torch.is_grad_enabled():
+        return {}
+    return {"states_every": states_every, "keep_intermediates": keep_intermediates}
 
 
 def _check_delta(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, cu_seqlens: Tensor | None) -> None:

@@ -28,7 +28,7 @@ KERNELS = (
     "diagonal",
     "prepare",
     "scan",
-    "output",
+    "norm",
     "norm_backward",
     "adjoint_scan",
     "query_gradient",

@@ -2,6 +2,8 @@
 
 Letters as in triton_tiles.py. What is kept for the backward is little: the inputs, G and beta (fp32 scalars per token
 and head) and Tb. q, k, v, scores and states are computed again, the states from every n-th one when those are kept.
+With Options.keep_intermediates nothing is computed again: all that the backward reads is kept, which v is not part of.
+Nothing that is kept is written to: a graph may be run backward twice.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_hybrid.kernels import triton_launch as launch
 from megatron_hybrid.kernels.reference import PassStates
-from megatron_hybrid.kernels.triton_launch import Conv, Gates, Options, Problem, Solved, make_problem
+from megatron_hybrid.kernels.triton_launch import Conv, Gates, Options, Prepared, Problem, Scanned, Solved, make_problem
 
 
 def with_unit_stride(x: Tensor) -> Tensor:
@@ -32,22 +34,30 @@ class DeltaRule(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         problem = make_problem(q, v, options, cu_seqlens)
         gates = Gates(a, b, A_log, dt_bias)
-        made, solved = launch.prepare(problem, (q, k, v), gates, None)
-        states = launch.scan(problem, made, solved, initial=initial, want_states=False, want_final=want_final)
-        ctx.save_for_backward(q, k, v, *gates, *solved, states.kept, initial)
+        _, made, solved = launch.prepare(problem, (q, k, v), gates, None)
+        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        states = launch.scan(problem, made, solved, v, initial=initial, o=o, want_final=want_final)
+        kept = (*made, states.h, states.u) if options.keep_intermediates else (q, k, v, states.kept, initial)
+        ctx.save_for_backward(*gates, *solved, *kept)
         ctx.problem = problem
         ctx.set_materialize_grads(False)
-        return states.o, states.final
+        return o, states.final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, a, b, A_log, dt_bias, G, beta, Tb, kept, initial = ctx.saved_tensors
+        a, b, A_log, dt_bias, G, beta, Tb, *rest = ctx.saved_tensors
         problem: Problem = ctx.problem
         gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb)
-        made, _ = launch.prepare(problem, (q, k, v), gates, None, solved)
-        states = launch.scan(problem, made, solved, initial=initial, kept=kept, want_o=False, is_again=True)
-        do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else with_unit_stride(do)
+        if problem.options.keep_intermediates:
+            *parts, h, u = rest
+            made, states = Prepared(*parts), Scanned(h, u)
+        else:
+            q, k, v, kept, initial = rest
+            _, made, _ = launch.prepare(problem, (q, k, v), gates, None, solved)
+            states = launch.scan(problem, made, solved, v, initial=initial, kept=kept, is_again=True)
+        shape = (problem.B, problem.T, problem.H, problem.V)
+        do = made.k.new_zeros(shape) if do is None else with_unit_stride(do)
         dfinal = None if dfinal is None else dfinal.contiguous()
         adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal, want_dinitial=ctx.needs_input_grad[7])
         da, db = torch.empty(2, *a.shape, dtype=a.dtype, device=a.device)
@@ -80,19 +90,22 @@ class MixerCore(torch.autograd.Function):
         a, b = ab.chunk(2, dim=-1)
         gates, conv = Gates(a, b, A_log, dt_bias), Conv(conv_weight, halo)
         x = qkvz[..., : conv_weight.shape[0]]
-        made, solved = launch.prepare(problem, (x, x, x), gates, conv, with_scores=pass_states is None)
+        v, made, solved = launch.prepare(problem, (x, x, x), gates, conv, with_scores=pass_states is None)
         ctx.passed = None
         if pass_states is not None:
-            M, S = launch.summary(problem, made, solved)
+            M, S = launch.summary(problem, made, solved, v)
             with torch.enable_grad():
                 wait = pass_states(M, S.requires_grad_())
             launch.score(problem, made, solved, gates)  # meanwhile
             with torch.enable_grad():
                 incoming = wait()
             ctx.passed, initial = (incoming, S), incoming.detach().contiguous()
-        states = launch.scan(problem, made, solved, initial=initial, want_o=False, want_final=want_final)
-        y = launch.output(problem, made, solved, states, z, norm_weight)
-        ctx.save_for_backward(qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, initial, *solved, states.kept)
+        y = torch.empty_like(v)
+        o = launch.unnormed(torch.empty_like(v) if options.keep_intermediates else y)
+        states = launch.scan(problem, made, solved, v, initial=initial, o=o, want_final=want_final)
+        launch.norm(problem, o, z, norm_weight, y)
+        kept = (*made, states.h, states.u, o) if options.keep_intermediates else (states.kept, initial)
+        ctx.save_for_backward(qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, *solved, *kept)
         ctx.problem, ctx.heads = problem, heads
         ctx.set_materialize_grads(False)
         return y, states.final
@@ -100,21 +113,26 @@ class MixerCore(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, initial, G, beta, Tb, kept = ctx.saved_tensors
+        qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, G, beta, Tb, *rest = ctx.saved_tensors
         problem: Problem = ctx.problem
         z = split_projection(qkvz, ctx.heads)[3]
         x = qkvz[..., : conv_weight.shape[0]]
         a, b = ab.chunk(2, dim=-1)
         gates, solved, conv = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb), Conv(conv_weight, halo)
-        made, _ = launch.prepare(problem, (x, x, x), gates, conv, solved)
-        states = launch.scan(problem, made, solved, initial=initial, kept=kept, is_again=True)
+        do = qkvz.new_empty(problem.B, problem.T, problem.H, problem.V)
+        if problem.options.keep_intermediates:
+            *parts, h, u, o = rest
+            made, states = Prepared(*parts), Scanned(h, u)
+        else:
+            kept, initial = rest
+            o = launch.unnormed(do)
+            v, made, _ = launch.prepare(problem, (x, x, x), gates, conv, solved)
+            states = launch.scan(problem, made, solved, v, initial=initial, kept=kept, o=o, is_again=True)
         dqkvz = torch.empty(qkvz.shape, dtype=qkvz.dtype, device=qkvz.device)
         dab = torch.empty(ab.shape, dtype=ab.dtype, device=ab.device)
         dz = split_projection(dqkvz, ctx.heads)[3]
-        dy = made.v.new_zeros(made.v.shape) if dy is None else with_unit_stride(dy)
-        do = states.o  # until its gradient takes its place
-        assert do is not None
-        dnorm = launch.norm_backward(problem, do, z, norm_weight, dy, dz)
+        dy = torch.zeros_like(do) if dy is None else with_unit_stride(dy)
+        dnorm = launch.norm_backward(problem, o, z, norm_weight, dy, do, dz)
         dfinal = None if dfinal is None else dfinal.contiguous()
         want_dinitial = ctx.needs_input_grad[7]
         if ctx.passed is not None:
@@ -147,10 +165,10 @@ class Summary(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         problem = make_problem(k, v, options, cu_seqlens)
         gates = Gates(a, b, A_log, dt_bias)
-        made, solved = launch.prepare(problem, (k, k, v), gates, None, with_scores=False)
+        _, made, solved = launch.prepare(problem, (k, k, v), gates, None, with_scores=False)
         ctx.save_for_backward(k, v, *gates, *solved)
         ctx.problem = problem
-        return torch.cat(launch.summary(problem, made, solved), dim=-1)
+        return torch.cat(launch.summary(problem, made, solved, v), dim=-1)
 
     @staticmethod
     def widen(k: Tensor, v: Tensor, documents: int) -> tuple[Tensor, Tensor]:
@@ -168,8 +186,8 @@ class Summary(torch.autograd.Function):
         problem = narrow._replace(V=narrow.K + narrow.V)
         gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb)
         widened, initial = Summary.widen(k, v, problem.layout.N // problem.B)
-        made, _ = launch.prepare(problem, (k, k, widened), gates, None, solved)
-        states = launch.scan(problem, made, solved, initial=initial, want_o=False, is_again=True)
+        _, made, _ = launch.prepare(problem, (k, k, widened), gates, None, solved)
+        states = launch.scan(problem, made, solved, widened, initial=initial, is_again=True)
         do = torch.zeros_like(widened)
         adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal.contiguous(), want_dinitial=False)
         da, db = torch.empty(2, *a.shape, dtype=a.dtype, device=a.device)

@@ -104,16 +104,16 @@ def norm_backward_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def adjoint_scan_kernel(
-    scaled_q, k_in, Tb_in, P_in, G_in, beta_in, do_in, dfinal, ds_out, dr_out, dinitial,
-    bounds, chunk_start, T, do_sb, do_st, do_sh,
+    q_in, k_in, Tb_in, P_in, G_in, beta_in, do_in, dfinal, ds_out, dr_out, dinitial,
+    bounds, chunk_start, T, scale, do_sb, do_st, do_sh,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DFINAL: tl.constexpr, DINITIAL: tl.constexpr, STORE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Backward through a document, last chunk first; BV columns of V per program, everything transposed.
 
-    scaled_q [B * T, H, K] is scale exp(G) q. With STORE writes ds [NC, H, V, K], the gradient of the state leaving each
-    chunk, and dr [B * T, H, V], the gradient of v; with DINITIAL that of the state entering the document.
+    With STORE writes ds [NC, H, V, K], the gradient of the state leaving each chunk, and dr [B * T, H, V], the gradient
+    of v; with DINITIAL that of the state entering the document.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -134,7 +134,7 @@ def adjoint_scan_kernel(
     r = tl.arange(0, C)
     last = tl.maximum(num_chunks - 1, 0).to(tl.int64)
     row = b * T + bos + last * C
-    q = scaled_q + (row * H + i_h) * K
+    q = q_in + (row * Hk + i_h // GROUP) * K
     k = k_in + (row * Hk + i_h // GROUP) * K
     do = do_in + b * do_sb + (bos + last * C) * do_st + i_h.to(tl.int64) * do_sh
     dr_row = dr_out + (row * H + i_h) * V
@@ -144,10 +144,11 @@ def adjoint_scan_kernel(
     Tb_row, P_row = Tb_in + square, P_in + square
     G_row = G_in + chunk * C
     beta_row = beta_in + chunk * C
+    one = tl.where(r[:, None] == r[None, :], 1.0, 0.0).to(dtype)
     for i in range(num_chunks):
         left = length - (num_chunks - 1 - i) * C
-        q0 = load_tile(q, H * K, left, 0, C, KA, K)
-        q1 = load_tile(q, H * K, left, KA, C, KB, K)
+        q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
+        q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
         k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
         k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
         do_t = tl.trans(load_block(do, do_st, left, col, C, BV, V))
@@ -155,6 +156,10 @@ def adjoint_scan_kernel(
         Tb = tl.load(Tb_row)
         G = tl.load(G_row + r)
         G_end = tl.load(G_row + C - 1)
+        gam = exp_fp32(G)
+        # Times one: do_t, exactly, where products leave and take their rows. Multiplied as it was loaded it would pass
+        # through shared memory: two barriers and a fifth more instructions a chunk.
+        do_decayed = (tl.dot(do_t, one) * (scale * gam)[None, :]).to(dtype)
         d0_low, d1_low = d0.to(dtype), d1.to(dtype)
         if STORE:
             store_state(ds, d0_low, col, 0, BV, KA, V, K)
@@ -164,11 +169,11 @@ def adjoint_scan_kernel(
         dr = tl.dot((du * tl.load(beta_row + r)[None, :]).to(dtype), Tb)
         if STORE:
             store_columns(dr_row, dr, H * V, left, col, C, BV, V)
-        dr_decayed = (dr * -exp_fp32(G)[None, :]).to(dtype)
+        dr_decayed = (dr * -gam[None, :]).to(dtype)
         decay = exp_fp32(G_end)
-        d0 = tl.dot(dr_decayed, k0, tl.dot(do_t, q0, d0 * decay))
-        d1 = tl.dot(dr_decayed, k1, tl.dot(do_t, q1, d1 * decay))
-        q -= C * H * K
+        d0 = tl.dot(dr_decayed, k0, tl.dot(do_decayed, q0, d0 * decay))
+        d1 = tl.dot(dr_decayed, k1, tl.dot(do_decayed, q1, d1 * decay))
+        q -= C * Hk * K
         k -= C * Hk * K
         do -= C * do_st.to(tl.int64)
         dr_row -= C * H * V
@@ -191,11 +196,11 @@ def unnormalised(dx0, dx1, x0, x1, rstd):
 
 @triton.jit
 def query_gradient(
-    do, do_st, u, dr, h, q, k, P, dN_out, G_row, rstd, dq, left, scale,
+    do, do_st, u, dr, h, q, k, P, dP_out, dN_out, G_row, rstd, dq, left, scale,
     H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq, dN, and dP over P. Returns the gradient of G through scores and inverse, and dR_i . U_i."""
+    """Writes dq, dP and dN. Returns the gradient of G through scores and inverse, and dR_i . U_i."""
     dq0 = tl.zeros([C, KA], dtype=tl.float32)
     dq1 = tl.zeros([C, KB], dtype=tl.float32)
     do_u = tl.zeros([C, C], dtype=tl.float32)
@@ -215,17 +220,20 @@ def query_gradient(
     dtype = q.dtype.element_ty
     inside = i >= j
     lower = tl.where(inside, exp_fp32(tl.where(inside, G[:, None] - G[None, :], 0.0)), 0.0)
-    scores = do_u * tl.load(P + i * C + j).to(tl.float32)
-    dG = tl.sum(scores, 1) - tl.sum(scores, 0)
-    dP = (do_u * lower * scale).to(dtype)
-    tl.store(P + i * C + j, dP)
     dr_dot_u = tl.sum(tl.where(i == j, dr_u, 0.0), 1)
     dN = tl.where(i > j, -lower * dr_u, 0.0)
     tl.store(dN_out + i * C + j, dN.to(dtype))
+    dP = (do_u * lower * scale).to(dtype)
+    tl.store(dP_out + i * C + j, dP)
+    by_G = do_u * tl.load(P + i * C + j).to(tl.float32)
+    kk = tl.zeros([C, C], dtype=tl.float32)
+    for part in range((K + KB - 1) // KB):
+        k_part = load_block(k, Hk * K, left, part * KB, C, KB, K)
+        kk = tl.dot(k_part, tl.trans(k_part), kk)
+    by_G += dN * kk
+    dG = tl.sum(by_G, 1) - tl.sum(by_G, 0)
     k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
     k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
-    dN *= tl.dot(k1, tl.trans(k1), tl.dot(k0, tl.trans(k0)))
-    dG += tl.sum(dN, 1) - tl.sum(dN, 0)
     q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
     q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
     from_state = (scale * exp_fp32(G))[:, None]
@@ -250,7 +258,8 @@ def key_gradient(
     write1 = tl.zeros([C, KB], dtype=tl.float32)
     read0 = tl.zeros([C, KA], dtype=tl.float32)
     read1 = tl.zeros([C, KB], dtype=tl.float32)
-    h_ds = tl.zeros([BV], dtype=tl.float32)
+    h_ds0 = tl.zeros([BV], dtype=tl.float32)
+    h_ds1 = tl.zeros([BV], dtype=tl.float32)
     for i_v in range((V + BV - 1) // BV):
         u_v = load_block(u, H * V, left, i_v * BV, C, BV, V)
         dr_v = load_block(dr, H * V, left, i_v * BV, C, BV, V)
@@ -262,7 +271,8 @@ def key_gradient(
         write1 = tl.dot(u_v, ds1, write1)
         read0 = tl.dot(dr_v, h0, read0)
         read1 = tl.dot(dr_v, h1, read1)
-        h_ds += tl.sum(h0.to(tl.float32) * ds0.to(tl.float32), 1) + tl.sum(h1.to(tl.float32) * ds1.to(tl.float32), 1)
+        h_ds0 += tl.sum(h0.to(tl.float32) * ds0.to(tl.float32), 1)
+        h_ds1 += tl.sum(h1.to(tl.float32) * ds1.to(tl.float32), 1)
     r = tl.arange(0, C)
     G = tl.load(G_row + r)
     G_end = tl.load(G_row + C - 1)
@@ -271,16 +281,19 @@ def key_gradient(
     read0, read1 = read0 * -gam, read1 * -gam
     k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
     k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
-    written = tl.sum(k0 * write0, 1) + tl.sum(k1 * write1, 1)
-    dG = tl.sum(k0 * read0, 1) + tl.sum(k1 * read1, 1) - written
-    dG_end = tl.sum(written) + exp_fp32(G_end) * tl.sum(h_ds)
-    q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
-    q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
+    dG = tl.sum(k0 * (read0 - write0), 1) + tl.sum(k1 * (read1 - write1), 1)
+    dG_end = tl.sum(k0 * write0) + tl.sum(k1 * write1) + exp_fp32(G_end) * tl.sum(h_ds0 + h_ds1)
     plain, transposed = r[:, None] * C + r[None, :], r[None, :] * C + r[:, None]
-    dP_t = tl.load(dP + transposed)
-    both = tl.load(dN + plain) + tl.load(dN + transposed)  # triangles that do not overlap: nothing is rounded
-    dk0 = tl.dot(both, k0, tl.dot(dP_t, q0, write0 + read0))
-    dk1 = tl.dot(both, k1, tl.dot(dP_t, q1, write1 + read1))
+    dk0, dk1 = write0 + read0, write1 + read1
+    # dP^T Q, then dN^T K: in a loop, since products in a chain are given to 8 warps another way, each row twice, and
+    # the sums go through shared memory from one way to the other and back.
+    for part in range(2):
+        scores = tl.load(tl.where(part == 0, dP, dN) + transposed)
+        x = tl.where(part == 0, q, k)
+        dk0 = tl.dot(scores, load_tile(x, Hk * K, left, 0, C, KA, K), dk0)
+        dk1 = tl.dot(scores, load_tile(x, Hk * K, left, KA, C, KB, K), dk1)
+    scores = tl.load(dN + plain)
+    dk0, dk1 = tl.dot(scores, k0, dk0), tl.dot(scores, k1, dk1)
     if L2NORM:
         dk0, dk1 = unnormalised(dk0, dk1, k0, k1, tl.load(rstd + r))
     store_tile(dk, dk0, H * K, left, 0, C, KA, K)
@@ -290,13 +303,13 @@ def key_gradient(
 
 @triton.jit(do_not_specialize=["T"])
 def query_gradient_kernel(
-    q_in, k_in, P_dP, dN_out, G_in, beta_in, u_in, h_in, do_in, dr_in, rstd_q, dq_out, db_out, dG_out,
+    q_in, k_in, P_in, dP_out, dN_out, G_in, beta_in, u_in, h_in, do_in, dr_in, rstd_q, dq_out, db_out, dG_out,
     bounds, chunk_doc, chunk_start, T, scale, do_sb, do_st, do_sh, db_sb, db_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q and b of one chunk and head; of G through scores and inverse; dP over P, and dN [NC, H, C, C].
+    """Gradients of q and b of one chunk and head; of G through scores and inverse; dP and dN [NC, H, C, C].
 
     dP and dN go to `key_gradient_kernel` through memory, which reads them transposed as well: as an operand a
     transposed accumulator is wrong on Hopper (triton 3.6), and two launches hold few enough registers that two or
@@ -316,7 +329,7 @@ def query_gradient_kernel(
         do_in + b * do_sb + (bos + t0) * do_st + i_h.to(tl.int64) * do_sh, do_st,
         u_in + (row * H + i_h) * V, dr_in + (row * H + i_h) * V, h_in + chunk * V * K,
         q_in + (row * Hk + i_h // GROUP) * K, k_in + (row * Hk + i_h // GROUP) * K,
-        P_dP + chunk * C * C, dN_out + chunk * C * C, G_in + chunk * C,
+        P_in + chunk * C * C, dP_out + chunk * C * C, dN_out + chunk * C * C, G_in + chunk * C,
         rstd_q + (i_c.to(tl.int64) * Hk + i_h // GROUP) * C, dq_out + (row * H + i_h) * K,
         left, scale, H, Hk, K, V, KA, KB, BV, C, L2NORM,
     )  # fmt: skip

@@ -1,4 +1,6 @@
-"""State scan and output of the gated delta rule, forward. Letters as in triton_tiles.py, formulas in triton_prepare.py.
+"""Forward: state scan of the gated delta rule, norm of its output. Letters as in triton_tiles.py.
+
+Formulas in triton_prepare.py.
 
 The state is held transposed, V x K: a warpgroup matrix instruction wants 64 rows and takes any multiple of 8 columns,
 so V is what is cut in blocks of rows and K = 96 costs exactly 96 columns. Every product of the recurrence then has its
@@ -14,13 +16,12 @@ from megatron_hybrid.kernels.triton_tiles import (
     load_state,
     load_state_fp32,
     load_tile,
-    locate_chunk,
     locate_document,
     sigmoid_fp32,
-    store_block,
     store_columns,
     store_state,
     store_state_fp32,
+    store_tile,
 )
 
 
@@ -151,61 +152,31 @@ def scan_kernel(
         store_state_fp32(final + state, s1, col, KA, BV, KB, V, K)
 
 
-@triton.jit
-def output_tile(
-    q0, q1, P, decay, h, u, stride, left, col,
-    C: tl.constexpr, BV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "rows"])
+def norm_kernel(
+    o_in, z_in, norm_w, y_out, T, rows, eps, z_sb, z_st, z_sh,
+    H: tl.constexpr, V: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """Columns col ... col + BV of the output of one chunk in fp32; decay is scale exp(G)."""
-    h0 = load_state(h, col, 0, BV, KA, V, K)
-    h1 = load_state(h, col, KA, BV, KB, V, K)
-    from_state = tl.dot(q1, tl.trans(h1), tl.dot(q0, tl.trans(h0)))
-    return tl.dot(P, load_block(u, stride, left, col, C, BV, V), from_state * decay[:, None])
-
-
-@triton.jit(do_not_specialize=["T"])
-def output_kernel(
-    q_in, P_in, G_in, h_in, u_in, z_in, norm_w, out, bounds, chunk_doc, chunk_start, T, scale, eps, z_sb, z_st, z_sh,
-    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Output of one chunk and head, all V columns, through the gated RMSNorm over them (no gate unless GATE).
-
-    The norm needs all columns before the first is written: they are computed twice, the second time from what is
-    still in cache, so that few registers are held and several chunks share a multiprocessor. Normalising what the
-    scan wrote instead is as fast, and rounds o once more: that alone takes y past the bound of 0.005.
-    """
-    i_c = tl.program_id(0) // H
-    i_h = tl.program_id(0) % H
-    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
-    if t0 >= length:
-        return
-    left = length - t0
-    row = b * T + bos + t0
-    Hk: tl.constexpr = H // GROUP
-    NV: tl.constexpr = (V + BV - 1) // BV
-    r = tl.arange(0, C)
-    chunk = i_c.to(tl.int64) * H + i_h
-    q = q_in + (row * Hk + i_h // GROUP) * K
-    q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
-    q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
-    P = tl.load(P_in + chunk * C * C + r[:, None] * C + r[None, :])
-    decay = scale * exp_fp32(tl.load(G_in + chunk * C + r))
-    h = h_in + chunk * V * K
-    u = u_in + (row * H + i_h) * V
-    y = out + (row * H + i_h) * V
-    squares = tl.zeros([C], dtype=tl.float32)
-    for i_v in range(NV):
-        o = output_tile(q0, q1, P, decay, h, u, H * V, left, i_v * BV, C, BV, K, V, KA, KB)
-        squares += tl.sum(o * o, 1)
-    rstd = tl.rsqrt(squares / V + eps)
-    for i_v in range(NV):
-        o = output_tile(q0, q1, P, decay, h, u, H * V, left, i_v * BV, C, BV, K, V, KA, KB)
-        c = i_v * BV + tl.arange(0, BV)
-        o *= rstd[:, None] * tl.load(norm_w + c, mask=c < V, other=0.0).to(tl.float32)[None, :]
-        if GATE:
-            z = z_in + b * z_sb + (bos + t0) * z_st + i_h.to(tl.int64) * z_sh
-            z_v = load_block(z, z_st, left, i_v * BV, C, BV, V).to(tl.float32)
-            o *= z_v * sigmoid_fp32(z_v)
-        store_block(y, o, H * V, left, i_v * BV, C, BV, V)
+    """Gated RMSNorm (no gate unless GATE) of R rows of o_in [rows = B * T * H, V]. y_out may be the memory of o_in."""
+    first = tl.program_id(0) * R
+    left = rows - first
+    o = o_in + first.to(tl.int64) * V
+    o0 = load_tile(o, V, left, 0, R, VA, V).to(tl.float32)
+    o1 = load_tile(o, V, left, VA, R, VB, V).to(tl.float32)
+    rstd = tl.rsqrt((tl.sum(o0 * o0, 1) + tl.sum(o1 * o1, 1)) / V + eps)
+    c0 = tl.arange(0, VA)
+    c1 = VA + tl.arange(0, VB)
+    o0 *= rstd[:, None] * tl.load(norm_w + c0, mask=c0 < V, other=0.0).to(tl.float32)[None, :]
+    o1 *= rstd[:, None] * tl.load(norm_w + c1, mask=c1 < V, other=0.0).to(tl.float32)[None, :]
+    if GATE:
+        row = first + tl.arange(0, R)
+        b, t, i_h = (row // H // T).to(tl.int64), (row // H % T).to(tl.int64), (row % H).to(tl.int64)
+        z = (z_in + b * z_sb + t * z_st + i_h * z_sh)[:, None]
+        inside = (row < rows)[:, None]
+        z0 = tl.load(z + c0[None, :], mask=inside & (c0 < V)[None, :], other=0.0).to(tl.float32)
+        z1 = tl.load(z + c1[None, :], mask=inside & (c1 < V)[None, :], other=0.0).to(tl.float32)
+        o0 *= z0 * sigmoid_fp32(z0)
+        o1 *= z1 * sigmoid_fp32(z1)
+    y = y_out + first.to(tl.int64) * V
+    store_tile(y, o0, V, left, 0, R, VA, V)
+    store_tile(y, o1, V, left, VA, R, VB, V)

@@ -16,7 +16,7 @@ from megatron_hybrid.kernels.triton_backward import (
     query_gradient_kernel,
 )
 from megatron_hybrid.kernels.triton_conv import conv_backward_kernel
-from megatron_hybrid.kernels.triton_forward import output_kernel, scan_kernel
+from megatron_hybrid.kernels.triton_forward import norm_kernel, scan_kernel
 from megatron_hybrid.kernels.triton_prepare import conv_kernel, diagonal_kernel, prepare_kernel
 from megatron_hybrid.kernels.triton_tiles import CHUNK, Layout, make_layout, split_dim
 
@@ -34,6 +34,7 @@ class Options(NamedTuple):
     states_every: int = 0  #: keep the state entering every n-th chunk for the backward; 0 keeps none
     l2norm_eps: float = 1e-6
     norm_eps: float = 1e-5
+    keep_intermediates: bool = False  #: keep all that the backward reads of the forward; then states_every is 0
 
     @property
     def beta_max(self) -> float:
@@ -103,27 +104,23 @@ class Solved(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """q, k [B, T, Hk, K], v [B, T, H, V], scale exp(G) q [B, T, H, K] (backward only), 1 / norms [NC, Hk, C] fp32,
-    P [NC, H, C, C]."""
+    """q, k [B, T, Hk, K] normalised, 1 / norms [NC, Hk, C] fp32, P [NC, H, C, C]."""
 
     q: Tensor
     k: Tensor
-    v: Tensor
-    scaled_q: Tensor
     rstd_q: Tensor
     rstd_k: Tensor
     P: Tensor
 
 
 class Scanned(NamedTuple):
-    """What a scan was asked for: o [B, T, H, V], h [NC, H, V, K], u [B * T, H, V], kept states [segments, H, V, K]
-    (fp32 unless all are kept), final [N, H, K, V] fp32."""
+    """What a scan was asked for: h [NC, H, V, K], u [B * T, H, V], kept states [segments, H, V, K] (fp32 unless all
+    are kept), final [N, H, K, V] fp32."""
 
-    o: Tensor | None
     h: Tensor | None
     u: Tensor | None
-    kept: Tensor | None
-    final: Tensor | None
+    kept: Tensor | None = None
+    final: Tensor | None = None
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:
@@ -153,15 +150,15 @@ def convolve(problem: Problem, x: Tensor, conv: Conv) -> tuple[Tensor, Tensor, T
 def prepare(
     problem: Problem, inputs: tuple[Tensor, Tensor, Tensor], gates: Gates, conv: Conv | None,
     solved: Solved | None = None, *, with_scores: bool = True,
-) -> tuple[Prepared, Solved]:  # fmt: skip
-    """Chunk-local part of the forward; with `solved`, only what a backward pass needs again.
+) -> tuple[Tensor, Prepared, Solved]:  # fmt: skip
+    """Chunk-local part of the forward, v [B, T, H, V] first; with `solved`, only what a backward pass needs again.
 
     with_scores false leaves P to `score`: what is before it then needs no q.
 
     inputs: q, k [B, T, Hk, K] and v [B, T, H, V], or with a convolution x [B, T, D] alone; any strides but the last.
     """
     B, T, Hk, H, K, V, options, layout, _ = problem
-    NC, is_again = layout.num_chunks, solved is not None
+    NC, solve = layout.num_chunks, solved is None
     if conv is None:
         q, k, v = inputs
         normalise = options.qk_l2norm
@@ -174,8 +171,6 @@ def prepare(
     made = Prepared(
         q.new_empty(B, T, Hk, K) if normalise else q,
         k.new_empty(B, T, Hk, K) if normalise else k,
-        v,
-        q.new_empty(B, T, H, K) if is_again else q,
         rstd_q,
         rstd_k,
         q.new_empty(NC, H, CHUNK, CHUNK),
@@ -197,11 +192,11 @@ def prepare(
         diagonal_kernel[(NC * H * 2,)](k, *gates, diagonal, **without_v, PRECISION=DIAGONAL_PRECISION, **launch.options)
     launch = launch_for("prepare", K, V)
     prepare_kernel[(NC * H,)](
-        q, k, *gates, diagonal, made.q, made.k, made.scaled_q, rstd_q, rstd_k, *solved, made.P,
-        **common, **strides(q=q), scale=options.scale, SOLVE=not is_again, SCORES=with_scores, SCALED=is_again,
+        q, k, *gates, diagonal, made.q, made.k, rstd_q, rstd_k, *solved, made.P,
+        **common, **strides(q=q), scale=options.scale, SOLVE=solve, SCORES=with_scores,
         PRECISION=MERGE_PRECISION, **launch.options,
     )  # fmt: skip
-    return made, solved
+    return v, made, solved
 
 
 def score(problem: Problem, made: Prepared, solved: Solved, gates: Gates) -> None:
@@ -209,21 +204,21 @@ def score(problem: Problem, made: Prepared, solved: Solved, gates: Gates) -> Non
     launch = launch_for("prepare", problem.K, problem.V)
     options, q, k = problem.options, made.q, made.k
     prepare_kernel[(problem.layout.num_chunks * problem.H,)](
-        q, k, *gates, q, q, k, q, made.rstd_q, made.rstd_k, *solved, made.P,
+        q, k, *gates, q, q, k, made.rstd_q, made.rstd_k, *solved, made.P,
         **problem.tables, **strides(q=q, k=k, a=gates.a, b=gates.b), **problem.sizes, T=problem.T,
         scale=options.scale, eps=options.l2norm_eps, L2NORM=False, BETA_MAX=options.beta_max,
-        SOLVE=False, SCORES=True, SCALED=False, PRECISION=MERGE_PRECISION, **launch.options,
+        SOLVE=False, SCORES=True, PRECISION=MERGE_PRECISION, **launch.options,
     )  # fmt: skip
 
 
-def summary(problem: Problem, made: Prepared, solved: Solved) -> tuple[Tensor, Tensor]:
+def summary(problem: Problem, made: Prepared, solved: Solved, v: Tensor) -> tuple[Tensor, Tensor]:
     """M [N, H, K, K] and S [N, H, K, V] fp32: each document makes S_out = M S_in + S of the state before it."""
     _B, T, _Hk, H, K, V, _, layout, _ = problem
     results = []
     for columns, is_map in ((K, True), (V, False)):
         launch = launch_for("scan", K, V)
         final = torch.empty(layout.N, H, K, columns, dtype=torch.float32, device=made.k.device)
-        k, v, nothing = made.k, made.v, final
+        k, nothing = made.k, final
         scan_kernel[(layout.N * H * triton.cdiv(columns, launch.block),)](
             k, k, v, solved.Tb, solved.Tb, solved.G, solved.beta, nothing, k, k, k, nothing, final,
             layout.bounds, layout.chunk_start, layout.chunk_doc, layout.chunk_start, T, 1.0, **strides(v=v),
@@ -234,22 +229,32 @@ def summary(problem: Problem, made: Prepared, solved: Solved) -> tuple[Tensor, T
     return results[0], results[1]
 
 
+def unnormed(x: Tensor) -> Tensor:
+    """The memory of x [B, T, H, V] for the output before its norm, until the norm's result takes its place.
+
+    fp16 where x is bf16: eight times finer, since bf16's rounding alone takes y past its bound. fp16 ends at 65,504:
+    o = scale S^T q stays below 2 K^-1/2 times the sum of |v| over the tokens a state remembers, and what is beyond
+    becomes inf and so NaN in its row of y: a loss that stops the run, where a bound would be silently wrong. Below 6e-5
+    it is good to 3e-8, nothing beside sqrt(norm_eps).
+    """
+    return x.view(torch.float16) if x.dtype == torch.bfloat16 else x
+
+
 def scan(
-    problem: Problem, made: Prepared, solved: Solved, *, initial: Tensor | None = None, kept: Tensor | None = None,
-    want_o: bool = True, want_states: bool = True, want_final: bool = False, is_again: bool = False,
+    problem: Problem, made: Prepared, solved: Solved, v: Tensor, *, initial: Tensor | None = None,
+    kept: Tensor | None = None, o: Tensor | None = None, want_final: bool = False, is_again: bool = False,
 ) -> Scanned:  # fmt: skip
     """The recurrence through all chunks: document by document, or, from the states kept before, all pieces at once.
 
-    initial [N, H, K, V] fp32. want_states: h and u. The first time states are kept as the options say; not is_again,
-    in a backward pass.
+    initial [N, H, K, V] fp32. o [B, T, H, V] of any dtype is written when given. The first time states are kept as the
+    options say; is_again, in a backward pass, h and u are wanted instead, and the first time with keep_intermediates.
     """
     B, T, _Hk, H, K, V, options, layout, segments = problem
     every, k = options.states_every, made.k
-    in_pieces = kept is not None
-    o = made.v.new_empty(B, T, H, V) if want_o else None
-    u = k.new_empty(B * T, H, V) if want_states else None
+    in_pieces, whole = kept is not None, is_again or options.keep_intermediates
+    u = k.new_empty(B * T, H, V) if whole else None
     h = kept if every == 1 else None
-    write_states = h is None and (want_states or every == 1)
+    write_states = h is None and (whole or every == 1)
     if write_states:
         h = k.new_empty(layout.num_chunks, H, V, K)
     final = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=k.device) if want_final else None
@@ -258,46 +263,42 @@ def scan(
         kept = h if every == 1 else k.new_empty(segments.num_chunks, H, V, K, dtype=torch.float32)
     where = layout if segments is None else segments
     programs = where.num_chunks if in_pieces else layout.N
-    launch = launch_for("scan_again" if in_pieces else "scan", K, V)
+    launch = launch_for("scan_again" if whole else "scan", K, V)
     scan_kernel[(programs * H * triton.cdiv(V, launch.block),)](
-        made.q, k, made.v, solved.Tb, made.P, solved.G, solved.beta,
+        made.q, k, v, solved.Tb, made.P, solved.G, solved.beta,
         *(k if x is None else x for x in (initial, o, h, u, kept, final)),
-        layout.bounds, layout.chunk_start, where.chunk_doc, where.chunk_start, T, options.scale, **strides(v=made.v),
+        layout.bounds, layout.chunk_start, where.chunk_doc, where.chunk_start, T, options.scale, **strides(v=v),
         **problem.sizes, BV=launch.block, SEGMENT=every if in_pieces else 0,
         EVERY=every if every > 1 and not is_again else 0,
-        INITIAL=initial is not None, FINAL=want_final, OUT=want_o, STATES=write_states, VALUES=want_states, MAP=False,
-        **launch.options,
+        INITIAL=initial is not None, FINAL=want_final, OUT=o is not None, STATES=write_states, VALUES=whole,
+        MAP=False, **launch.options,
     )  # fmt: skip
-    return Scanned(o, h, u, kept, final)
+    return Scanned(h, u, kept, final)
 
 
-def output(
-    problem: Problem, made: Prepared, solved: Solved, states: Scanned, z: Tensor | None, norm_weight: Tensor
-) -> Tensor:
-    """y [B, T, H, V]: the output through the RMSNorm with weight [V], times silu(z) when there is z [B, T, H, V]."""
-    B, T, _Hk, H, K, V, options, layout, _ = problem
-    y = made.v.new_empty(B, T, H, V)
+def norm(problem: Problem, o: Tensor, z: Tensor | None, norm_weight: Tensor, y: Tensor) -> None:
+    """Fills y [B, T, H, V], which may be o's memory: o through the RMSNorm with weight [V], times silu(z) if any."""
+    rows = y.numel() // y.shape[-1]
     gate = y if z is None else z
-    launch = launch_for("output", K, V)
-    output_kernel[(layout.num_chunks * H,)](
-        made.q, made.P, solved.G, states.h, states.u, gate, norm_weight, y,
-        **problem.tables, T=T, scale=options.scale, eps=options.norm_eps, **strides(z=gate), **problem.sizes,
-        BV=launch.block, GATE=z is not None, **launch.options,
+    launch = launch_for("norm", problem.K, problem.V)
+    VA, VB = split_dim(problem.V)
+    norm_kernel[(triton.cdiv(rows, launch.block),)](
+        o, gate, norm_weight, y, problem.T, rows, problem.options.norm_eps, **strides(z=gate),
+        H=problem.H, V=problem.V, VA=VA, VB=VB, R=launch.block, GATE=z is not None, **launch.options,
     )  # fmt: skip
-    return y
 
 
 def norm_backward(
-    problem: Problem, o: Tensor, z: Tensor | None, norm_weight: Tensor, dy: Tensor, dz: Tensor | None
+    problem: Problem, o: Tensor, z: Tensor | None, norm_weight: Tensor, dy: Tensor, do: Tensor, dz: Tensor | None
 ) -> Tensor:
-    """Gradient of norm_weight [V] fp32. o [B, T, H, V] becomes its own gradient, dz (any strides) is written too."""
+    """Gradient of norm_weight [V] fp32. do [B, T, H, V], which may be o's memory, and dz (any strides) are written."""
     _B, T, _Hk, H, K, V, options, layout, _ = problem
     dw = torch.empty(layout.num_chunks, H, V, dtype=torch.float32, device=o.device)
     VA, VB = split_dim(V)
-    gate, dgate = (o, o) if z is None or dz is None else (z, dz)
+    gate, dgate = (do, do) if z is None or dz is None else (z, dz)
     launch = launch_for("norm_backward", K, V)
     norm_backward_kernel[(layout.num_chunks * H,)](
-        o, gate, dy, norm_weight, o, dgate, dw, **problem.tables, T=T, eps=options.norm_eps,
+        o, gate, dy, norm_weight, do, dgate, dw, **problem.tables, T=T, eps=options.norm_eps,
         **strides(z=gate, dy=dy, dz=dgate), H=H, V=V, VA=VA, VB=VB, C=CHUNK, R=launch.block, GATE=z is not None,
         PACKED=layout.is_packed, **launch.options,
     )  # fmt: skip
@@ -320,14 +321,14 @@ def adjoint_scan(
 
     store false: dinitial alone; ds and dr are left empty.
     """
-    B, T, _Hk, H, K, V, _options, layout, _ = problem
+    B, T, _Hk, H, K, V, options, layout, _ = problem
     ds = made.k.new_empty(layout.num_chunks if store else 0, H, V, K)
     dr = made.k.new_empty(B, T if store else 0, H, V)
     dinitial = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=ds.device) if want_dinitial else None
     launch = launch_for("adjoint_scan", K, V)
     adjoint_scan_kernel[(layout.N * H * triton.cdiv(V, launch.block),)](
-        made.scaled_q, made.k, solved.Tb, made.P, solved.G, solved.beta, do, ds if dfinal is None else dfinal, ds, dr,
-        ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, **strides(do=do),
+        made.q, made.k, solved.Tb, made.P, solved.G, solved.beta, do, ds if dfinal is None else dfinal, ds, dr,
+        ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, options.scale, **strides(do=do),
         **problem.sizes, BV=launch.block, DFINAL=dfinal is not None, DINITIAL=want_dinitial, STORE=store,
         **launch.options,
     )  # fmt: skip
@@ -347,21 +348,21 @@ def gradients(
     problem: Problem, made: Prepared, solved: Solved, states: Scanned, adjoint: Adjoint, do: Tensor, gates: Gates,
     da: Tensor, db: Tensor,
 ) -> QKGradients:  # fmt: skip
-    """Everything that needs all V columns of a chunk; da and db [B, T, H] are written in place, made.P is used up."""
+    """Everything that needs all V columns of a chunk; da and db [B, T, H] are written in place."""
     B, T, Hk, H, K, V, options, layout, _ = problem
     dq, dk = made.q.new_empty(B, T, H, K), made.k.new_empty(B, T, H, K)
     partial = torch.empty(2, H, layout.num_chunks, dtype=torch.float32, device=dq.device)
-    dN, dG = torch.empty_like(made.P), torch.empty_like(solved.G)
+    dP, dN, dG = torch.empty_like(made.P), torch.empty_like(made.P), torch.empty_like(solved.G)
     grid = (layout.num_chunks * H,)
     launch = launch_for("query_gradient", K, V)
     query_gradient_kernel[grid](
-        made.q, made.k, made.P, dN, solved.G, solved.beta, states.u, states.h, do, adjoint.dr, made.rstd_q, dq, db, dG,
-        **problem.tables, T=T, scale=options.scale, **strides(do=do, db=db), **problem.sizes, BV=launch.block,
+        made.q, made.k, made.P, dP, dN, solved.G, solved.beta, states.u, states.h, do, adjoint.dr, made.rstd_q, dq, db,
+        dG, **problem.tables, T=T, scale=options.scale, **strides(do=do, db=db), **problem.sizes, BV=launch.block,
         L2NORM=options.qk_l2norm, BETA_MAX=options.beta_max, **launch.options,
     )  # fmt: skip
     launch = launch_for("key_gradient", K, V)
     key_gradient_kernel[grid](
-        made.q, made.k, made.P, dN, solved.G, dG, states.u, states.h, adjoint.ds, adjoint.dr,
+        made.q, made.k, dP, dN, solved.G, dG, states.u, states.h, adjoint.ds, adjoint.dr,
         gates.a, gates.A_log, gates.dt_bias, made.rstd_k, dk, da, *partial,
         **problem.tables, T=T, num_chunks=layout.num_chunks, **strides(a=gates.a, da=da), **problem.sizes,
         BV=launch.block, L2NORM=options.qk_l2norm, **launch.options,

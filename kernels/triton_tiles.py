@@ -122,26 +122,22 @@ def load_block(base, stride, rows_left, col, C: tl.constexpr, BC: tl.constexpr, 
     return tl.load(base + r[:, None] * stride + c[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
-def store_block(base, x, stride, rows_left, col, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr):
-    """The inverse of load_block."""
-    r = tl.arange(0, C)
-    c = col + tl.arange(0, BC)
-    mask = (r < rows_left)[:, None]
-    if D % BC != 0:
-        mask = mask & (c < D)[None, :]
-    tl.store(base + r[:, None] * stride + c[None, :], x.to(base.dtype.element_ty), mask=mask)
+# A warp of a product of 64 rows holds 16 of them. Stored as they are, tensors would be laid out so that a warp writes
+# whole rows of memory, and in each chunk they would pass through shared memory with several barriers. In the shapes
+# below the compiler (which gives lanes to the dimensions in this order: the contiguous one, the first, the second ...,
+# then warps) lets each warp write what it holds.
 
 
 @triton.jit
 def store_columns(base, x, stride, rows_left, col, C: tl.constexpr, BC: tl.constexpr, D: tl.constexpr):
-    """store_block of the transpose: x is [BC, C]."""
-    r = tl.arange(0, C)
-    c = col + tl.arange(0, BC)
-    mask = (r < rows_left)[None, :]
+    """Stores the transpose of x [BC, C] where load_block reads."""
+    x = tl.reshape(x.to(base.dtype.element_ty), [BC // 16, 16, C // 16, 16])
+    r = tl.arange(0, 16)[:, None, None, None] + tl.arange(0, C // 16)[None, None, None, :] * 16
+    c = col + tl.arange(0, BC // 16)[None, :, None, None] * 16 + tl.arange(0, 16)[None, None, :, None]
+    mask = r < rows_left
     if D % BC != 0:
-        mask = mask & (c < D)[:, None]
-    tl.store(base + r[None, :] * stride + c[:, None], x.to(base.dtype.element_ty), mask=mask)
+        mask = mask & (c < D)
+    tl.store(base + r * stride + c, tl.permute(x, (3, 0, 1, 2)), mask=mask)
 
 
 @triton.jit
@@ -158,10 +154,12 @@ def load_state(base, row, COL: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
 @triton.jit
 def store_state(base, x, row, COL: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, K: tl.constexpr):
     """The inverse of load_state."""
-    v = row + tl.arange(0, BV)
-    c = COL + tl.arange(0, BK)
-    mask = (v < V)[:, None] & (c < K)[None, :]
-    tl.store(base + v[:, None] * K + c[None, :], x.to(base.dtype.element_ty), mask=mask)
+    ROWS: tl.constexpr = 256 // BK  # that one instruction of a warp stores in bf16
+    x = tl.reshape(x.to(base.dtype.element_ty), [BV // 16, 16 // ROWS, ROWS, BK])
+    v = tl.arange(0, ROWS)[:, None, None, None] + tl.arange(0, 16 // ROWS)[None, None, None, :] * ROWS
+    v += row + tl.arange(0, BV // 16)[None, :, None, None] * 16
+    c = COL + tl.arange(0, BK)[None, None, :, None]
+    tl.store(base + v * K + c, tl.permute(x, (2, 0, 3, 1)), mask=(v < V) & (c < K))
 
 
 @triton.jit

@@ -122,6 +122,7 @@ def gdn_layer_spec(options: HybridConfig, backend: Backend) -> ModuleSpec:
             "cp_comm": options.gdn_cp_comm_type,
             "backend": None if options.gdn_backend == "auto" else options.gdn_backend,
             "states_every": options.gdn_states_every,
+            "keep_intermediates": options.gdn_keep_intermediates,
         },
         submodules=GatedDeltaNetSubmodules(
             in_proj=backend.column_linear, ab_proj=ColumnParallelLinear, out_proj=row_linear

@@ -9,6 +9,8 @@ import argparse
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
+KEEPS_STATES = "--gdn-states-every {}: --gdn-keep-intermediates keeps every state already; leave one of them out"
+
 
 def _flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -44,6 +46,11 @@ class HybridConfig:
         0,
         "triton kernels: keep the state entering every n-th chunk of 64 tokens for the backward pass instead of "
         "computing all again; 0 keeps none (least memory), 1 all",
+    )
+    gdn_keep_intermediates: bool = _flag(
+        False,
+        "triton kernels: keep all that the backward pass reads of the forward pass, states included, instead of "
+        "computing it again: the fastest, and the most memory",
     )
     gdn_norm_epsilon: float = _flag(1e-5, "epsilon of the Gated DeltaNet output norm; all others: --norm-epsilon")
     pipeline_layout: str = _flag(
@@ -133,6 +140,8 @@ class HybridConfig:
     def __post_init__(self) -> None:
         if self.gdn_states_every < 0:
             raise ValueError(f"--gdn-states-every {self.gdn_states_every}: must be 0 or more; nearest legal: 0")
+        if self.gdn_states_every and self.gdn_keep_intermediates:
+            raise ValueError(KEEPS_STATES.format(self.gdn_states_every))
         if self.pipeline_layout != "pattern":
             raise ValueError(
                 f"--pipeline-layout {self.pipeline_layout}: only megatron_hybrid.pretrain plans a layout; elsewhere "

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_hybrid import architecture, fp8
+from megatron_hybrid.config import KEEPS_STATES
 from megatron_hybrid.presets import NAMES, PRESETS, FlagValue
 from megatron_hybrid.tools.cli import Parser as Parser  # for commands outside tools/
 from megatron_hybrid.tools.cli import ToolError, end_without_reader
@@ -132,7 +133,8 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--z-loss", type=float, default=0.0)
     for name, text in (("wsds-periods", ""), ("lr-decay-style", "linear"), ("optimizer", "adam")):
         parser.add_argument(f"--{name}", default=text)
-    parser.add_argument("--skip-step", action=argparse.BooleanOptionalAction, default=True)
+    for name, value in (("skip-step", True), ("gdn-keep-intermediates", False)):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=value)
     for name in _NOT_JUDGED:
         parser.add_argument(f"--{name}", action="store_true")
     for name in (
@@ -457,6 +459,8 @@ def _check_recipe(values: argparse.Namespace) -> None:
             raise FlagError(f"--{flag} {getattr(values, name)}: must be finite and not negative; 0 turns it off")
     if values.gdn_states_every < 0:
         raise FlagError(f"--gdn-states-every {values.gdn_states_every}: must be 0 or more; nearest legal: 0")
+    if values.gdn_states_every and values.gdn_keep_intermediates:
+        raise FlagError(KEEPS_STATES.format(values.gdn_states_every))
     cannot = [f"--{name}" for name in (*_NOT_JUDGED, "fp16") if getattr(values, name.replace("-", "_"))]
     if values.optimizer not in ("adam", "sgd"):
         cannot.append(f"--optimizer {values.optimizer}")

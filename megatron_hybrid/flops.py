@@ -116,9 +116,13 @@ class Sizes:
 def parameters(flags: Sequence[str]) -> int:
     """Parameters of the model that a flat list of flags describes, both vocabulary matrices included.
 
-    QK-norm over the full width; the vocabulary's rows as `Sizes.from_flags` takes them.
+    The vocabulary's rows are as `Sizes.from_flags` takes them.
     """
-    s, pattern = Sizes.from_flags(flags), (_peek(flags).hybrid_layer_pattern or "").replace("|", "")
+    return model_parameters(Sizes.from_flags(flags), (_peek(flags).hybrid_layer_pattern or "").replace("|", ""))
+
+
+def model_parameters(s: Sizes, pattern: str) -> int:
+    """Parameters of a model of these sizes, one layer per symbol; QK-norm is over the full width."""
     keys, values = s.gdn_key_heads * s.key_dim, s.gdn_value_heads * s.value_dim
     projections = 2 * keys + (3 if s.output_gate else 2) * values + 2 * s.gdn_value_heads
     gdn = s.hidden * projections + s.conv_width * (2 * keys + values) + 2 * s.gdn_value_heads + s.value_dim

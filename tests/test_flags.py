@@ -49,6 +49,7 @@ REFUSED = [
     (["--tensor-model-parallel-size", "abc"], ["--tensor-model-parallel-size", "'abc'"]),
     (["--z-loss", "nan"], ["--z-loss nan", "finite"]),
     (["--gdn-states-every", "-1"], ["--gdn-states-every -1", "nearest legal: 0"]),
+    (["--gdn-states-every", "2", "--gdn-keep-intermediates"], ["--gdn-states-every 2", "--gdn-keep-intermediates"]),
     (["--main-grads-dtype", "bf16"], ["--main-grads-dtype bf16", "--use-precision-aware-optimizer"]),
     (
         ["--use-precision-aware-optimizer", "--without-use-distributed-optimizer"],
@@ -215,6 +216,7 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         "gdn_cp_comm_type",
         "gdn_backend",
         "gdn_states_every",
+        "gdn_keep_intermediates",
         "gdn_norm_epsilon",
         "pipeline_layout",
         "instance_data",

@@ -57,15 +57,15 @@ class Case:
         self.qkv = self.qkvz.detach()[..., : self.D].contiguous().requires_grad_()
         self.a, self.b = (x.detach().contiguous().requires_grad_() for x in self.ab.chunk(2, dim=-1))
 
-    def ours_op(self, every: int) -> tuple[Run, list[Tensor]]:
+    def ours_op(self, **kept: Any) -> tuple[Run, list[Tensor]]:
         q, k, v = self.parts[:3]
         leaves = [q, k, v, self.a, self.b, self.A_log, self.dt_bias]
-        return lambda: gated_delta.gated_delta_rule(*leaves, cu_seqlens=self.cu_seqlens, states_every=every)[0], leaves
+        return lambda: gated_delta.gated_delta_rule(*leaves, cu_seqlens=self.cu_seqlens, **kept)[0], leaves
 
-    def ours_mixer(self, every: int) -> tuple[Run, list[Tensor]]:
+    def ours_mixer(self, **kept: Any) -> tuple[Run, list[Tensor]]:
         leaves = [self.qkvz, self.ab, self.conv_weight, self.A_log, self.dt_bias, self.norm_weight]
         sizes = {"num_key_heads": self.H, "num_value_heads": self.H, "key_dim": self.K, "value_dim": self.V}
-        options: dict[str, Any] = sizes | {"cu_seqlens": self.cu_seqlens, "states_every": every}
+        options: dict[str, Any] = sizes | {"cu_seqlens": self.cu_seqlens} | kept
         return lambda: gated_delta.mixer_core(*leaves, **options)[0].view(self.dy.shape), leaves
 
     def fla_op(self) -> tuple[Run, list[Tensor]]:
@@ -167,9 +167,10 @@ def device_ms(run: Run, repeats: int = 5) -> float:
 def measure(case: Case, with_fla: bool, every: int, repeats: int, rates: tuple[float, float]) -> list[dict[str, Any]]:
     lines = []
     for part in ("op", "mixer"):
-        makers = {"ours": getattr(case, f"ours_{part}")(0)}
+        ours = getattr(case, f"ours_{part}")
+        makers = {"ours": ours(), "ours, all kept": ours(keep_intermediates=True)}
         if every:
-            makers[f"ours, every {every}"] = getattr(case, f"ours_{part}")(every)
+            makers[f"ours, every {every}"] = ours(states_every=every)
         if with_fla:
             makers["fla"] = getattr(case, f"fla_{part}")()
         for kind in ("forward", "forward + backward"):

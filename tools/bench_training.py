@@ -1,4 +1,4 @@
-"""Training speed and memory on one GPU, beside Megatron-Core's own GDN layer, the olmo3 transformer and Hugging Face's.
+"""Training speed and memory on one GPU, beside Megatron-Core's GDN layer, olmo3, Hugging Face's model and OLMo-core's.
 
     python -m megatron_hybrid.tools.bench_training --output FOLDER --budget-s 300
 
@@ -6,7 +6,7 @@ Every case is a model from flags (tools/gpu_bench/cases.py), its optimizer and d
 Rounds of a group alternate; medians and ranges are over the steps of all rounds. A case that fails or does not fit is
 a row that says so. FOLDER gets events.jsonl after every visit, and from it results.json, table.md and, where there are
 profiles, profile.png; worker.log has what Megatron prints. Its needs are those of training, and for some columns
-flash-linear-attention and transformers.
+flash-linear-attention, transformers and ai2-olmo-core.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 from megatron_hybrid.tools.gpu_bench import report
 from megatron_hybrid.tools.gpu_bench.cases import CASES, WARM_UP, Case, tiny, visits
 
-#: A visit that takes longer is ended: kernels that hang do not come back.
-LONGEST_VISIT_S = 150
 #: The case that runs when the budget ends may go on so long.
 GRACE_S = 25
 #: Dense bf16 of H100 SXM and H200; FP8 rows are given against it too.
@@ -115,7 +113,8 @@ def supervise(cases: list[Case], args: argparse.Namespace, events: Path) -> None
                     time.sleep(0.5)
                     shown = _show(cases, events, args.output, shown)
                     begun = [event["time"] for event in report.read_events(events) if event["event"] == "begin"]
-                    if time.time() > min(max([started, *begun]) + LONGEST_VISIT_S, deadline + GRACE_S):
+                    longest = plan[min(_ended(events), len(plan) - 1)][0].longest_s
+                    if time.time() > min(max([started, *begun]) + longest, deadline + GRACE_S):
                         worker.kill()
             finally:
                 worker.kill()

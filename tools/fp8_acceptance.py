@@ -1,11 +1,12 @@
-"""FP8 against the plugin's own bf16: the same seeded run on real text, side by side on one GPU.
+"""FP8 against the plugin's own bf16: the same seeded run on real text, side by side.
 
     python -m megatron_hybrid.tools.fp8_acceptance --data-path PREFIX --tokenizer-model FILE --output FOLDER
 
-Each variant is a `megatron_hybrid.pretrain` of its own, all started together: final losses are compared with bf16's
-(at most 0.5 % away, no step skipped). Then, at once, each run is resumed from its checkpoint a few steps before the
-end, whose losses must be the same bits, and one process loads bf16's checkpoint under every variant and compares the
-gradients of one batch, layer by layer. FOLDER gets acceptance.json, acceptance.md and a log per run.
+Each variant is a `megatron_hybrid.pretrain` of its own, all started together, spread over the GPUs that are visible:
+final losses are compared with bf16's (at most 0.5 % away, no step skipped). Then, at once, each run is resumed from its
+checkpoint a few steps before the end, whose losses must be the same bits, and one process loads bf16's checkpoint under
+every variant and compares the gradients of one batch, layer by layer. FOLDER gets acceptance.json, acceptance.md and a
+log per run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from megatron_hybrid.tools.gpu_bench.cases import FP8, LEAN, words
 MODEL = words(
     "--preset olmo-hybrid-7b --num-layers 4 --hybrid-layer-pattern GGG* --hidden-size 2048 --ffn-hidden-size 8192 "
     "--num-attention-heads 16 --linear-num-key-heads 16 --linear-num-value-heads 16 --seq-length 1024 "
-    "--max-position-embeddings 1024 --micro-batch-size 4 --global-batch-size 4"
+    "--max-position-embeddings 1024 --micro-batch-size 16 --global-batch-size 16"
 )
 TINY = words(
     "--preset olmo-hybrid-tiny --num-layers 4 --hybrid-layer-pattern GGG* --seq-length 64 --micro-batch-size 2 "
@@ -38,9 +39,12 @@ RUN = words(
     "--lr 1e-3 --min-lr 1e-4 --split 98,2,0 --eval-iters 0 --eval-interval 100000 --log-interval 1 --no-log-health"
 )
 
-#: What is compared; the first is the yardstick. FP8 parameters go with moments and gradients in bf16.
+#: What is compared; the first is the yardstick. The second, whose weight gradients are rounded to bf16 before they are
+#: added, shows how far apart two runs end that differ by rounding alone. FP8 parameters go with moments and gradients
+#: in bf16.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "bf16": (),
+    "bf16, rounded otherwise": ("--no-gradient-accumulation-fusion",),
     **FP8,
     "tensorwise, FP8 parameters": (*FP8["tensorwise"], "--fp8-param-gather", *LEAN),
 }
@@ -50,8 +54,8 @@ EDGES = words("--first-last-layers-bf16 --num-layers-at-start-in-bf16 1 --num-la
 TINY_VARIANTS: dict[str, tuple[str, ...]] = {"bf16": (), "no z-loss": ("--z-loss", "0")}
 
 LARGEST_LOSS_DIFFERENCE = 0.005
-#: Kept back for what follows the runs. On an H100, five resumptions at once took 60 s from start to end.
-RESERVED_S = 90
+#: Kept back for what follows the runs: resumptions, and beside them gradients of six variants, one after another.
+RESERVED_S = 200
 LINE = re.compile(r"iteration\s+(\d+)/.*?lm loss: ([0-9.E+-]+|nan|inf)")
 SKIPPED = re.compile(r"skipped steps: ([0-9.E+-]+)")
 
@@ -72,12 +76,26 @@ def launch(args: argparse.Namespace, variant: str, name: str, more: list[str]) -
     chosen = (TINY_VARIANTS if args.tiny else VARIANTS)[variant]
     command = [sys.executable, "-m", "megatron_hybrid.pretrain", *flags, *chosen, *more]
     with (folder / f"{name}.log").open("w") as out:
-        return subprocess.Popen(command, stdout=out, stderr=out, env=environment())
+        return subprocess.Popen(command, stdout=out, stderr=out, env=environment(variant))
 
 
-def environment() -> dict[str, str]:
-    """Attention kernels that give the same bits twice, so that a resumed run can be compared bit by bit."""
-    return {**os.environ, "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+def environment(variant: str) -> dict[str, str]:
+    """One GPU; attention kernels that give the same bits twice, so that a resumed run can be compared bit by bit."""
+    gpus = visible_gpus()
+    place = list({**VARIANTS, **TINY_VARIANTS}).index(variant)
+    one = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
+    return {**os.environ, **one, "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, or else every GPU by number."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in named.split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(number) for number in range(listed.count("GPU "))]
 
 
 def wait(running: dict[str, subprocess.Popen[bytes]], deadline: float, what: str) -> dict[str, str]:
@@ -190,7 +208,7 @@ def start_gradients(args: argparse.Namespace, variants: list[str]) -> subprocess
     command = [sys.executable, "-m", "megatron_hybrid.tools.gpu_bench.gradients"]
     command += [str(args.output / "gradients_question.json"), str(args.output / "gradients.json")]
     with (args.output / "gradients.log").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment())
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment(variants[0]))
 
 
 def read_gradients(args: argparse.Namespace, failed: dict[str, str]) -> dict[str, Any]:
@@ -256,7 +274,7 @@ def main() -> None:
     parser.add_argument("--variant", action="append", default=[], help="besides bf16, only this one (repeatable)")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--resumed-steps", type=int, default=20, help="before the end, to be run again; 0 for none")
-    parser.add_argument("--budget-s", type=float, default=400, help="end what runs after so many seconds")
+    parser.add_argument("--budget-s", type=float, default=560, help="end what runs after so many seconds")
     parser.add_argument("--tiny", action="store_true", help="small sizes without FP8, to try this tool itself")
     args = parser.parse_args()
     args.checkpoints = args.checkpoints or args.output / "checkpoints"

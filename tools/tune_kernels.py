@@ -27,19 +27,19 @@ CANDIDATES = {
     "conv": [Launch(4, 1, 128), Launch(2, 1, 64)],
     "diagonal": [],
     "prepare": [Launch(4, 1, 0, 96), Launch(8, 1)],
-    "scan": [Launch(4, 2, 64), Launch(4, 3, 64)],
-    "scan_again": [Launch(4, 1, 64), Launch(4, 2, 64)],
-    "output": [Launch(4, 1, 64), Launch(4, 3, 64)],
+    "scan": [Launch(4, 2, 64), Launch(4, 3, 64), Launch(4, 4, 64)],
+    "scan_again": [Launch(4, 1, 64), Launch(4, 2, 64), Launch(4, 3, 64)],
+    "norm": [Launch(warps, 1, rows) for warps, rows in ((1, 4), (1, 8), (2, 8), (2, 16), (4, 8), (4, 32), (8, 32))],
     "norm_backward": [Launch(4, 1, 16), Launch(4, 1, 4), Launch(2, 1, 4), Launch(8, 1, 16, 128)],
-    "adjoint_scan": [Launch(4, 2, 64), Launch(4, 4, 64)],
-    "query_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128)],
-    "key_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128), Launch(8, 1, 64)],
+    "adjoint_scan": [Launch(4, 2, 64), Launch(4, 3, 64), Launch(4, 4, 64)],
+    "query_gradient": [Launch(8, stages, 64, 128) for stages in (1, 2, 3)],
+    "key_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128), Launch(8, 1, 32, 128), Launch(8, 2, 32, 128)],
     "conv_backward": [Launch(1, 1, 64), Launch(1, 1, 256), Launch(2, 1, 256), Launch(2, 1, 128)],
 }
 
 
 def mixer(H: int, K: int, V: int, T: int, device: str) -> Callable[[], Any]:
-    """Forward and backward of one mixer core and one delta rule."""
+    """Forward and backward of one mixer core, no states kept and then all, and of one delta rule with some states."""
     from megatron_hybrid.kernels.triton_autograd import DeltaRule, MixerCore, Options
 
     D = 2 * H * K + H * V
@@ -51,13 +51,15 @@ def mixer(H: int, K: int, V: int, T: int, device: str) -> Callable[[], Any]:
 
     def run() -> None:
         x, gates = qkvz.detach().requires_grad_(), ab.detach().requires_grad_()
-        options = Options(K**-0.5, states_every=32)
-        y, _ = MixerCore.apply(
-            x, gates, weight, A_log, dt_bias, norm, None, None, (H, H, K, V), options, None, False, None
-        )  # fmt: skip
-        torch.autograd.grad(y, [x, gates], dy)
+        for keep in (False, True):
+            options = Options(K**-0.5, keep_intermediates=keep)
+            y, _ = MixerCore.apply(
+                x, gates, weight, A_log, dt_bias, norm, None, None, (H, H, K, V), options, None, False, None
+            )  # fmt: skip
+            torch.autograd.grad(y, [x, gates], dy)
         q, k, v = (part.unflatten(2, (H, -1)) for part in x[..., :D].split([H * K, H * K, H * V], dim=-1))
         a, b = gates.chunk(2, dim=-1)
+        options = Options(K**-0.5, states_every=32)
         o, _ = DeltaRule.apply(q, k, v, a, b, A_log, dt_bias, None, options, None, False)
         torch.autograd.grad(o, [x], dy)
 
@@ -85,9 +87,9 @@ def report(H: int, K: int, V: int, targets: list[int]) -> None:
             seen.add((launch.name, compiled.hash))
             used = resources(compiled)
             warps = launch.options["num_warps"] or 1
-            # Registers are given to warps 256 at a time, 65,536 to a multiprocessor; 227 KiB of shared memory.
+            # 65,536 registers of a multiprocessor, and 228 KiB of shared memory, of which each block takes 1 KiB more.
             by_registers = 65536 // (max(used.registers, 1) * 32 * warps)
-            by_shared = 232448 // max(used.shared_bytes + 1024, 1)
+            by_shared = 233472 // (used.shared_bytes + 1024)
             resident = min(by_registers, by_shared, 32, 64 // warps) * warps
             shapes = ", ".join(f"{name} x{count}" for name, count in sorted(used.instructions.items()))
             print(

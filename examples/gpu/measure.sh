@@ -9,7 +9,7 @@
 # measured into OUTPUT before is not measured again. Exit status 1 where a tool did not do its part.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-DATA=${1:?folder with text.bin, text.idx, tokenizer.model} OUTPUT=${2:?folder for results} BUDGET=${3:-570}
+DATA=${1:?folder with text.bin, text.idx, tokenizer.model} OUTPUT=${2:?folder for results} BUDGET=${3:-1500}
 shift $(($# < 3 ? $# : 3))
 PARTS=("${@:-}")
 [ -n "${PARTS[0]}" ] || PARTS=(check acceptance bench)
@@ -46,7 +46,7 @@ for PART in "${PARTS[@]}"; do
         COMPILING=$!
         "$PYTHON" -m megatron_hybrid.tools.fp8_acceptance --data-path "$DATA/text" ${TINY:+--tiny} \
             --tokenizer-model "$DATA/tokenizer.model" --output "$OUTPUT/acceptance" --checkpoints "$CHECKPOINTS" \
-            --steps "${STEPS:-500}" --budget-s "$(($(left) < ${ACCEPTANCE_S:-330} ? $(left) : ${ACCEPTANCE_S:-330}))" ||
+            --steps "${STEPS:-500}" --budget-s "$(($(left) < ${ACCEPTANCE_S:-560} ? $(left) : ${ACCEPTANCE_S:-560}))" ||
             STATUS=1
         kill $COMPILING 2>/dev/null
         wait $COMPILING

@@ -123,6 +123,7 @@ class GatedDeltaNet(MegatronModule):
         cp_comm: GdnCpCommType = "auto",
         backend: str | None = None,
         states_every: int = 0,
+        keep_intermediates: bool = False,
         name: str | None = None,
         cp_comm_type: str | None = None,
     ) -> None:
@@ -134,7 +135,7 @@ class GatedDeltaNet(MegatronModule):
             norm_eps: of the output norm. Every other norm uses config.layernorm_epsilon.
             cp_comm: how context-parallel ranks work together: states by all-gather or by a scan, the faster of the
                 two, or heads by all-to-all.
-            backend, states_every: as in `kernels.gated_delta.mixer_core`.
+            backend, states_every, keep_intermediates: as in `kernels.gated_delta.mixer_core`.
             cp_comm_type: Megatron passes it to every mixer; it is attention's, unused here.
 
         Raises:
@@ -149,6 +150,7 @@ class GatedDeltaNet(MegatronModule):
         self.output_gate = output_gate
         self.backend = backend
         self.states_every = states_every
+        self.keep_intermediates = keep_intermediates
         self.recompute = config.recompute_granularity == "selective" and NORM_OUT in (config.recompute_modules or ())
         self.exchange_heads = cp_comm == "a2a"
         self.cp_exchange: state_passing.Exchange = "auto" if cp_comm == "a2a" else cp_comm
@@ -339,6 +341,7 @@ class GatedDeltaNet(MegatronModule):
             conv_halo=halo,
             output_final_state=observer is not None and pass_states is None,
             states_every=self.states_every,
+            keep_intermediates=self.keep_intermediates,
             pass_states=pass_states,
             backend=self.backend,
         )

@@ -22,7 +22,7 @@ RECOMPUTED: dict[str, tuple[str, ...]] = {
     "mlp": ("fc1 output", "swiglu inner", "fc2 input"),
     "layernorm": ("norm output",),
     "core_attn": ("attention output", "softmax sums"),
-    "gdn_norm_out": ("mixer output", "chunk inverses", "gates", "states", "passed states"),
+    "gdn_norm_out": ("mixer output", "chunk inverses", "gates", "states", "intermediates", "passed states"),
 }
 
 
@@ -89,6 +89,7 @@ def _delta_net(job: Job) -> Kept:
         "chunk inverses": chunks * heads * CHUNK * CHUNK * element,
         "gates": chunks * heads * CHUNK * 2 * 4,
         "states": gdn_states(job),
+        "intermediates": _intermediates(job),
         "passed states": passed_states(job),
         "mixer output": _linear_input(job, n * values),
     }
@@ -98,13 +99,23 @@ def _delta_net(job: Job) -> Kept:
 
 
 def gdn_states(job: Job) -> float:
-    """States kept by --gdn-states-every: each chunk's in the activations' dtype, or every n-th in fp32."""
-    if not job.states_every:
+    """States kept: all in the activations' dtype, or with --gdn-states-every n > 1 every n-th in fp32."""
+    every = 1 if job.keep_intermediates else job.states_every
+    if not every:
         return 0.0
     s = job.held
     state = s.gdn_value_heads / job.tp * s.key_dim * s.value_dim
-    element = element_bytes(job) if job.states_every == 1 else 4
-    return _chunks(job) / job.states_every * state * element
+    return _chunks(job) / every * state * (element_bytes(job) if every == 1 else 4)
+
+
+def _intermediates(job: Job) -> float:
+    """What --gdn-keep-intermediates keeps besides: q, k and their norms, scores, new values, output before its norm."""
+    if not job.keep_intermediates:
+        return 0.0
+    s, n, element = job.held, job.tokens / job.tp, element_bytes(job)
+    per_token = 2 * (s.gdn_key_heads * s.key_dim + s.gdn_value_heads * s.value_dim)
+    per_chunk = s.gdn_value_heads * CHUNK * CHUNK * element + 2 * s.gdn_key_heads * CHUNK * 4
+    return n * per_token * element + _chunks(job) * per_chunk / job.tp
 
 
 def _chunks(job: Job) -> float:
@@ -219,8 +230,9 @@ def workspace(job: Job, last: str) -> float:
     if last == "G":
         channels = 2 * s.gdn_key_heads * s.key_dim + 2 * s.gdn_value_heads * s.value_dim
         states = n / CHUNK * s.gdn_value_heads * s.key_dim * s.value_dim * element
-        # Gradients, q, k, v, o again; states and their gradients.
-        delta = n * channels * element * 3 + 2 * states - sum(_mlp(job).values())
+        # Gradients; q, k, v, o again unless kept. The states' gradients; states unless kept.
+        tensors, made = (2, 1) if job.keep_intermediates else (3, 2)
+        delta = n * channels * element * tensors + made * states - sum(_mlp(job).values())
     recomputed = sum(layer(job, last).values()) * job.recompute_layers if "full" in job.recompute else 0.0
     return max(mlp, delta) + 2 * stream(job) + recomputed
 

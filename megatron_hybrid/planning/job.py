@@ -66,6 +66,7 @@ class Job:
     fp8_param_gather: bool = False
     overlap: bool = False
     states_every: int = 0
+    keep_intermediates: bool = False
     loss_chunk_tokens: int = 0
     z_loss: bool = True
     rotary: bool = True
@@ -113,6 +114,7 @@ class Job:
             fp8_param_gather=v.fp8_param_gather or v.fp4_param_gather,
             overlap=v.overlap_grad_reduce,
             states_every=v.gdn_states_every,
+            keep_intermediates=v.gdn_keep_intermediates,
             loss_chunk_tokens=v.loss_chunk_tokens,
             z_loss=v.z_loss > 0,
             rotary=v.position_embedding_type != "none",
@@ -286,6 +288,7 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=number)
     for name in _SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--gdn-keep-intermediates", action=argparse.BooleanOptionalAction, default=False)
     for name, text in (
         *(("hybrid-layer-pattern", ""), ("position-embedding-type", "learned_absolute"), ("qk-norm-width", "full")),
         *(("norm-placement", "released"), ("gdn-cp-comm-type", "auto"), ("transformer-impl", "transformer_engine")),

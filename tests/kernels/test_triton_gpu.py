@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -103,11 +104,27 @@ def launches(K: int = 96, V: int = 192) -> AbstractContextManager[None]:
     return trial(**TABLE.get((*current_key(), K, V), {}))
 
 
-def check(inputs: dict[str, Tensor], every: int = 0, cu_seqlens: Tensor | None = None) -> None:
+def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Says of each tensor that differs how many elements do, by how much, in which heads, where."""
+    problems = []
+    for name, x in first.items():
+        where = (x != second[name]).nonzero()
+        if not torch.equal(x, second[name]):
+            largest = (x.double() - second[name].double()).abs().max().item()
+            heads = where[:, HEAD[name]].unique().tolist() if name in HEAD else "?"
+            problems.append(
+                f"{name} {tuple(x.shape)}: {len(where)} elements by at most {largest:.2e} (RMS "
+                f"{x.double().square().mean().sqrt().item():.2e}), heads {heads}, from {where[0].tolist()} to "
+                f"{where[-1].tolist()}"
+            )
+    assert not problems, "same input, other bits: " + "; ".join(problems)
+
+
+def check(inputs: dict[str, Tensor], cu_seqlens: Tensor | None = None, **kept: Any) -> None:
     with launches(inputs["k"].shape[3], inputs["v"].shape[3]):
-        first = run("triton", inputs, states_every=every, cu_seqlens=cu_seqlens)
-        second = run("triton", inputs, states_every=every, cu_seqlens=cu_seqlens)
-    assert [name for name in first if not torch.equal(first[name], second[name])] == [], "same input, other bits"
+        first = run("triton", inputs, cu_seqlens=cu_seqlens, **kept)
+        second = run("triton", inputs, cu_seqlens=cu_seqlens, **kept)
+    assert_same_bits(first, second)
     assert_close(first, run("reference", inputs, cu_seqlens=cu_seqlens))
 
 
@@ -116,15 +133,19 @@ def test_dense(T: int) -> None:
     check(delta_inputs(2 if T < 8191 else 1, T, MODEL))
 
 
-@pytest.mark.parametrize("every", [0, 1, 4], ids=lambda n: f"every{n}")
-def test_packed(every: int) -> None:
+@pytest.mark.parametrize(
+    "kept",
+    [{"states_every": 0}, {"states_every": 1}, {"states_every": 4}, {"keep_intermediates": True}],
+    ids=["every0", "every1", "every4", "all"],
+)
+def test_packed(kept: dict[str, Any]) -> None:
     lengths = (0, 1, 63, 64, 65, 0, 700, 129, 1, 0)
-    check(delta_inputs(1, sum(lengths), MODEL, N=len(lengths)), every, cumulative(lengths))
+    check(delta_inputs(1, sum(lengths), MODEL, N=len(lengths)), cumulative(lengths), **kept)
 
 
 def test_many_documents() -> None:
     lengths = [3] * 2300
-    check(delta_inputs(1, sum(lengths), (1, 1, 96, 192), N=len(lengths)), 0, cumulative(lengths))
+    check(delta_inputs(1, sum(lengths), (1, 1, 96, 192), N=len(lengths)), cumulative(lengths))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +216,10 @@ def test_250_thousand_tokens() -> None:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_mixer_core(packed: bool) -> None:
-    """Every gradient of the whole mixer core; one more rounding of q and k than the delta rule alone."""
+    """Every gradient of the whole mixer core; one more rounding of q and k than the delta rule alone.
+
+    Keeping all gives the bits of computing all again, and a second backward from what was kept too.
+    """
     Hk, H, K, V = MODEL
     D, lengths = 2 * Hk * K + H * V, (0, 1, 3, 700, 1, 295)
     T = sum(lengths)
@@ -210,18 +234,46 @@ def test_mixer_core(packed: bool) -> None:
     }
     options = {"num_key_heads": Hk, "num_value_heads": H, "key_dim": K, "value_dim": V}
     results = []
-    for backend in ("triton", "reference"):
+    for backend, keep in (("triton", False), ("triton", True), ("reference", False)):
         leaves = {n: (x.double() if backend == "reference" else x).requires_grad_() for n, x in inputs.items()}
         with launches():
             y, _ = gated_delta.mixer_core(
-                **leaves, **options, cu_seqlens=cumulative(lengths) if packed else None, backend=backend
-            )
-            gradients = torch.autograd.grad(y, list(leaves.values()), rand(*y.shape, seed=5).bfloat16().to(y.dtype))
-        results.append({"y": y.detach()} | dict(zip(leaves, gradients, strict=True)))
-    actual, expected = results
+                **leaves, **options, cu_seqlens=cumulative(lengths) if packed else None, keep_intermediates=keep,
+                backend=backend,
+            )  # fmt: skip
+            for again in (True, False) if keep else (False,):
+                dy = rand(*y.shape, seed=5).bfloat16().to(y.dtype)
+                gradients = torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=again)
+                results.append({"y": y.detach()} | dict(zip(leaves, gradients, strict=True)))
+    actual, kept, kept_again, expected = results
+    assert_same_bits(actual, kept)
+    assert_same_bits(kept, kept_again)
     tolerances = {"y": 0.005, "qkvz": 0.007, "conv_weight": 0.007, "norm_weight": 0.007}
     errors = {name: relative(actual[name], expected[name]) for name in expected}
     assert {n: e for n, e in errors.items() if not e <= tolerances.get(n, 0.015)} == {}
+
+
+def test_output_beyond_fp16_is_nan() -> None:
+    """Between scan and norm the output is fp16: rows in which it overflows have a NaN, all others are right."""
+    Hk, H, K, V = MODEL
+    D, T = 2 * Hk * K + H * V, 200
+    qkvz, weight = rand(1, T, D + H * V, seed=1).bfloat16(), 0.3 * rand(D, 4, seed=2)
+    weight[-V:] *= 1e6  # v of the last head
+    gates = (torch.zeros(H, device="cuda"), torch.full((H,), -3.0, device="cuda"), torch.ones(V, device="cuda"))
+    ab = rand(1, T, 2 * H, seed=3).bfloat16()
+    sizes = {"num_key_heads": Hk, "num_value_heads": H, "key_dim": K, "value_dim": V}
+    results = []
+    for backend in ("triton", "reference"):
+        tensors = (qkvz, ab, weight.bfloat16(), *gates)
+        with launches(), torch.no_grad():
+            y, _ = gated_delta.mixer_core(
+                *(x.double() if backend == "reference" else x for x in tensors), **sizes, backend=backend
+            )
+        results.append(y.unflatten(2, (H, V)))
+    y, expected = results
+    right = y.isfinite().all(-1)
+    assert right[:, :, :-1].all() and not right[:, :, -1].all()
+    assert relative(y[right], expected[right]) <= 0.006
 
 
 def test_shard_summary() -> None:

@@ -67,6 +67,7 @@ def _mix(
     routes: Routes | None = None,
     exchange: Exchange = "auto",
     backend: str = "reference",
+    keep: bool = False,
 ) -> torch.Tensor:
     group = dist.group.WORLD
     assert group is not None
@@ -81,6 +82,7 @@ def _mix(
         cu_seqlens=bounds,
         conv_halo=state_passing.conv_halo(t["x"], routes, group) if routes else None,
         pass_states=state_passing.passing(routes, group, exchange) if routes else None,
+        keep_intermediates=keep,
         backend=backend,
     )
     return y[0]
@@ -92,8 +94,9 @@ def _gradients(t: dict[str, torch.Tensor], y: torch.Tensor) -> dict[str, torch.T
 
 
 def _worst(
-    rank: int, lengths: tuple[int, ...], world: int, layout: Layout, exchange: Exchange, backend: str = "reference"
-) -> dict[str, float]:
+    rank: int, lengths: tuple[int, ...], world: int, layout: Layout, exchange: Exchange, backend: str = "reference",
+    keep: bool = False,
+) -> dict[str, float]:  # fmt: skip
     """This rank's tokens alone, by `backend`, against the whole in fp64: outputs and every gradient.
 
     Largest differences in fp64; in fp32 RMS of the difference over RMS of the tensor, as in test_triton_interpreter.
@@ -111,7 +114,7 @@ def _worst(
         name: (x.detach()[mine] if name in per_token else x.detach()).to(dtype, copy=True).requires_grad_(name != "dy")
         for name, x in whole.items()
     }
-    y = _mix(local, sizes, routes.cu_segments, routes, exchange, backend)
+    y = _mix(local, sizes, routes.cu_segments, routes, exchange, backend, keep)
     found = _gradients(local, y)
     for name in ("conv", "A_log", "dt_bias", "norm"):  # weights: each rank's part of a sum
         dist.all_reduce(found[name])
@@ -145,13 +148,17 @@ def test_any_cut_gives_the_whole(layout: Any, name: str, lengths: tuple[int, ...
     reason="needs TRITON_INTERPRET=1 from the start, since triton reads it on import; tests/run.sh runs them so",
 )
 @pytest.mark.parametrize(
-    ("layout", "lengths", "exchange"),
-    [("contiguous", (31, 1, 1, 0, 147), "scan"), ("zigzag", (160, 4, 0, 8), "all_gather")],
-    ids=["contiguous-scan", "zigzag-all_gather"],
+    ("layout", "lengths", "exchange", "keep"),
+    [
+        ("contiguous", (31, 1, 1, 0, 147), "scan", False),
+        ("contiguous", (31, 1, 1, 0, 147), "scan", True),
+        ("zigzag", (160, 4, 0, 8), "all_gather", False),
+    ],
+    ids=["contiguous-scan", "contiguous-scan-keep", "zigzag-all_gather"],
 )
-def test_triton_kernels_pass_states(layout: Any, lengths: tuple[int, ...], exchange: Any) -> None:
+def test_triton_kernels_pass_states(layout: Any, lengths: tuple[int, ...], exchange: Any, keep: bool) -> None:
     """One kernel run forward and one back per rank, no gradient through the summaries: still the whole's gradients."""
-    for worst in run_ranks(_worst, 2, lengths, 2, layout, exchange, "triton"):
+    for worst in run_ranks(_worst, 2, lengths, 2, layout, exchange, "triton", keep):
         sums = max(worst.pop("A_log"), worst.pop("dt_bias"))  # over all tokens, which cancel
         assert max(worst.values()) < 3e-6 and sums < 2e-5, (worst, sums)
 

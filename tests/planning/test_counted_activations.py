@@ -49,6 +49,9 @@ NORM_OUT = {"recompute_granularity": "selective", "recompute_modules": ["gdn_nor
     [
         pytest.param(tiny.Layout(pattern="G*"), {"gdn_states_every": 2}, {"states_every": 2}, id="states-every-2"),
         pytest.param(
+            tiny.Layout(pattern="G*"), {"gdn_keep_intermediates": True}, {"keep_intermediates": True}, id="all-kept"
+        ),
+        pytest.param(
             tiny.Layout(pattern="G*", overrides=FULL), {}, {"recompute": ("full",)}, id="full-recompute"
         ),
         pytest.param(

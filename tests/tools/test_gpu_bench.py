@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from megatron.training import global_vars
 
 from megatron_hybrid.tools.fp8_acceptance import verdict
+from megatron_hybrid.tools.gpu_bench import harness, peer
+from megatron_hybrid.tools.gpu_bench.cases import tiny
 
 
 def _run(tool: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -32,6 +36,23 @@ def test_a_case_leaves_no_model_behind(tmp_path: Path) -> None:
     assert max(visit["left_bytes"] for visit in visits) < 2**20
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [bool(row.get("tokens_per_s")) for row in rows] == [True, False]
+
+
+def test_peers_name_the_missing_package_and_must_be_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "olmo_core", None)
+    monkeypatch.setitem(sys.modules, "olmo_core.nn.attention", None)
+    with pytest.raises(ImportError, match=r"no package olmo_core\S*: pip install ai2-olmo-core"):
+        peer.olmo_core_model(Namespace(), "meta")
+    monkeypatch.setattr(sys, "argv", ["test"])
+    args = harness.parse("olmo-hybrid-tiny", tiny()[0].flags)
+    global_vars.destroy_global_vars()
+    args.padded_vocab_size = 256
+    tokens = harness.read_tokens(None, 200, 1024)
+    model = peer.huggingface(args, tokens)
+    assert np.isfinite(model.step()["loss"]) and "convolution of PyTorch" in model.what
+    args.padded_vocab_size = 128
+    with pytest.raises(ValueError, match="parameters, ours has"):
+        peer.Peer(args, tokens, model.model, model.loss, model.what)
 
 
 @pytest.mark.parametrize("tool", ["bench_training", "fp8_acceptance"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-Kind = Literal["train", "huggingface", "profile", "decode"]
+from megatron_hybrid.tools.gpu_bench.fla import UNCHECKED
+
+Kind = Literal["train", "huggingface", "olmo_core", "profile", "decode"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Case:
         group: rows of a group are compared; the first of a group is what ratios refer to.
         needs_gib: GPU memory below which the case is not tried.
         text: real text instead of random ids.
+        longest_s: a visit that takes longer is ended: kernels that hang do not come back.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Case:
     needs_gib: float = 0
     text: bool = False
     optimizer: bool = True
+    longest_s: float = 150
     note: str = ""
     options: dict[str, int] = field(default_factory=dict)
 
@@ -51,6 +55,9 @@ LEAN = words("--use-precision-aware-optimizer --main-grads-dtype bf16 --exp-avg-
 #: row fits 80 GB.
 _SHORT = (*_EIGHT, *LEAN, *words("--global-batch-size 4"))
 
+#: A first visit with flash-linear-attention times some 200 candidates of its kernels.
+TUNING_S = 300
+
 FP8 = {
     "tensorwise": words("--fp8-format hybrid --fp8-recipe tensorwise"),
     "delayed": words(
@@ -69,14 +76,23 @@ _RECOMPUTE = {
 }
 
 
+def _peers(flags: tuple[str, ...], **more: Any) -> list[Case]:
+    """Whole models of others."""
+    case = Case("Hugging Face", "8k", flags=flags, kind="huggingface", rounds=1, longest_s=TUNING_S, **more)
+    core = replace(case, name="OLMo-core", kind="olmo_core", options={"compiled": 0})
+    return [case, core, replace(core, name="OLMo-core, torch.compile", options={"compiled": 1})]
+
+
 def _speed() -> list[Case]:
     cases = [
         Case("ours", "8k", flags=_SHORT),
+        Case("ours, intermediates kept", "8k", flags=(*_SHORT, "--gdn-keep-intermediates")),
         Case(
             "Megatron-Core's GDN + FLA",
             "8k",
             flags=(*_SHORT, *_MEGATRON),
-            note="FLA's version check off: times valid, gradients of its gates not",
+            longest_s=TUNING_S,
+            note=UNCHECKED,
         ),
         Case("olmo3 transformer", "8k", "olmo3-7b", (*_SHORT, *_TRANSFORMER)),
         *(Case(f"ours, FP8 {name}", "8k", flags=(*_SHORT, *flags)) for name, flags in FP8.items()),
@@ -89,7 +105,7 @@ def _speed() -> list[Case]:
             rounds=1,
         ),
         Case("ours, with SkipStep", "8k", flags=(*_SHORT, "--skip-step"), rounds=1),
-        Case("Hugging Face", "8k", flags=_SHORT, kind="huggingface", rounds=1, steps=3, note="no optimizer step"),
+        *_peers(_SHORT, steps=3),
     ]
     return cases
 
@@ -100,6 +116,16 @@ def _long() -> list[Case]:
     return [
         Case("ours", "64k", flags=(*flags, *recompute), warmup=1, steps=3, rounds=1),
         Case("olmo3 transformer", "64k", "olmo3-7b", (*flags, *_TRANSFORMER, *recompute), warmup=1, steps=3, rounds=1),
+        Case(
+            "transformer, full attention",
+            "64k",
+            "olmo3-7b",
+            (*flags, *_TRANSFORMER, "--window-attn-skip-freq", "1", *recompute),
+            warmup=1,
+            steps=3,
+            rounds=1,
+            note="no layer has olmo3's sliding window",
+        ),
     ]
 
 
@@ -168,7 +194,7 @@ def tiny() -> list[Case]:
         Case("ours", "8k", flags=flags, **small),  # type: ignore[arg-type]
         Case("unknown flag", "8k", flags=(*flags, "--no-such-flag"), **small),  # type: ignore[arg-type]
         Case("ours, with SkipStep", "8k", flags=(*flags, "--skip-step"), text=True, **small),  # type: ignore[arg-type]
-        Case("Hugging Face", "8k", flags=flags, kind="huggingface", **small),  # type: ignore[arg-type]
+        *_peers(flags, **small),
         Case("ours", "profile", flags=flags, kind="profile", rounds=1, **small),  # type: ignore[arg-type]
         Case("8,192 tokens", "decode", flags=flags, kind="decode", rounds=1, options={"context": 256}, **small),  # type: ignore[arg-type]
         Case("too large", "7B", flags=flags, needs_gib=1e9, **small),  # type: ignore[arg-type]

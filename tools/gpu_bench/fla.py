@@ -11,6 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
+#: What has to be said beside times.
+UNCHECKED = "FLA's version check off: times valid, gradients of its gates not"
+
 
 def allow_fla_backward() -> None:
     """Switch its check off in this process: its times are valid then, the gradients of its gates are not."""

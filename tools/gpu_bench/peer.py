@@ -1,51 +1,52 @@
-"""What the plugin is measured against: Hugging Face's model, and (peer_spec.py) Megatron-Core's GDN layer."""
+"""What the plugin is measured against: Hugging Face's model and OLMo-core's, forward and backward, no optimizer.
+
+Megatron-Core's own GDN layer is in peer_spec.py.
+"""
 
 from __future__ import annotations
 
+import inspect
 import time
+from argparse import Namespace
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from megatron_hybrid.tools.gpu_bench.fla import allow_fla_backward, compile_side_by_side
+from megatron_hybrid.flops import Sizes, model_parameters
+from megatron_hybrid.tools.gpu_bench.fla import UNCHECKED, allow_fla_backward, compile_side_by_side
 from megatron_hybrid.tools.gpu_bench.harness import batches, free, synchronize
 
 
-class HuggingFace:
-    """transformers' OlmoHybridForCausalLM of the same sizes in bf16: forward and backward, no optimizer."""
+class Peer:
+    """A model in bf16 that is stepped without an optimizer.
 
-    def __init__(self, args: Any, tokens: torch.Tensor) -> None:
-        from transformers import OlmoHybridConfig, OlmoHybridForCausalLM
+    Args:
+        args: Megatron's arguments; sizes and batch are theirs.
+        tokens: ids [n] int64.
+        model: in bf16, on its device.
+        loss: (ids [rows, length], labels, the same shifted by one) to the mean loss of the global batch, of which
+            these rows are a part.
+        what: which kernels run, for the table.
 
-        if torch.cuda.is_available():
-            allow_fla_backward()
-            compile_side_by_side()
-        kinds = {"G": "linear_attention", "*": "full_attention"}
-        pattern = args.hybrid_layer_pattern
-        config = OlmoHybridConfig(
-            vocab_size=args.padded_vocab_size,
-            hidden_size=args.hidden_size,
-            intermediate_size=args.ffn_hidden_size,
-            num_hidden_layers=len(pattern),
-            num_attention_heads=args.num_attention_heads,
-            num_key_value_heads=args.num_attention_heads,
-            max_position_embeddings=args.max_position_embeddings,
-            layer_types=[kinds[symbol] for symbol in pattern],
-            linear_num_key_heads=args.linear_num_key_heads,
-            linear_num_value_heads=args.linear_num_value_heads,
-            linear_key_head_dim=args.linear_key_head_dim,
-            linear_value_head_dim=args.linear_value_head_dim,
-            linear_conv_kernel_dim=args.linear_conv_kernel_dim,
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        config._attn_implementation = "sdpa"
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with self.device:
-            self.model = OlmoHybridForCausalLM(config).to(torch.bfloat16)
-        self.model.config.use_cache = False
-        self.rows = args.micro_batch_size
+    Raises:
+        ValueError: the model has more or fewer parameters than ours of these arguments.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        tokens: torch.Tensor,
+        model: torch.nn.Module,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        what: str,
+    ) -> None:
+        ours = model_parameters(Sizes.from_args(args), args.hybrid_layer_pattern)
+        theirs = sum(p.numel() for p in model.parameters())
+        if theirs != ours:
+            raise ValueError(f"{theirs:,} parameters, ours has {ours:,}: not the same model")
+        self.model, self.loss, self.what = model, loss, what
         self.microbatches = args.global_batch_size // args.micro_batch_size
         self.data = batches(tokens, args.seq_length, args.micro_batch_size)
 
@@ -54,15 +55,162 @@ class HuggingFace:
         synchronize()
         began = time.perf_counter()
         self.model.zero_grad()
-        loss = torch.zeros(())
+        total = torch.zeros((), device=_device())
         for _ in range(self.microbatches):
-            tokens = next(self.data)["tokens"].to(self.device)
-            loss = self.model(input_ids=tokens, labels=tokens).loss
+            batch = next(self.data)
+            loss = self.loss(batch["tokens"].to(_device()), batch["labels"].to(_device()))
             loss.backward()
+            total += loss.detach()
         synchronize()
         ms = (time.perf_counter() - began) * 1e3
-        return {"loss": float(loss), "norm": float("nan"), "ms": ms, "backward_ms": ms}
+        return {"loss": float(total), "norm": float("nan"), "ms": ms, "backward_ms": ms}
 
     def close(self) -> None:
         self.__dict__.clear()
+        torch.compiler.reset()  # compiled blocks hold the model
         free()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _prepare_fla() -> None:
+    if torch.cuda.is_available() and find_spec("fla") is not None:
+        allow_fla_backward()
+        compile_side_by_side()
+
+
+def huggingface(args: Namespace, tokens: torch.Tensor) -> Peer:
+    """transformers' OlmoHybridForCausalLM.
+
+    Raises:
+        ImportError: a package is missing.
+    """
+    try:
+        from transformers import OlmoHybridConfig, OlmoHybridForCausalLM
+        from transformers.models.olmo_hybrid import modeling_olmo_hybrid
+    except ImportError as error:
+        raise ImportError(f"no package {error.name}: pip install transformers") from error
+    _prepare_fla()
+    kinds = {"G": "linear_attention", "*": "full_attention"}
+    config = OlmoHybridConfig(
+        vocab_size=args.padded_vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.ffn_hidden_size,
+        num_hidden_layers=len(args.hybrid_layer_pattern),
+        num_attention_heads=args.num_attention_heads,
+        num_key_value_heads=args.num_attention_heads,
+        max_position_embeddings=args.max_position_embeddings,
+        layer_types=[kinds[symbol] for symbol in args.hybrid_layer_pattern],
+        linear_num_key_heads=args.linear_num_key_heads,
+        linear_num_value_heads=args.linear_num_value_heads,
+        linear_key_head_dim=args.linear_key_head_dim,
+        linear_value_head_dim=args.linear_value_head_dim,
+        linear_conv_kernel_dim=args.linear_conv_kernel_dim,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config._attn_implementation = "sdpa"
+    with _device():
+        model = OlmoHybridForCausalLM(config).to(torch.bfloat16)
+    model.config.use_cache = False
+    microbatches = args.global_batch_size // args.micro_batch_size
+
+    def loss(ids: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids).loss / microbatches  # it shifts the labels itself
+
+    parts = {
+        "recurrence": modeling_olmo_hybrid.torch_chunk_gated_delta_rule,
+        "convolution": modeling_olmo_hybrid.causal_conv1d_fn,
+    }
+    chosen = {name: _implementation(function) for name, function in parts.items()}
+    what = ", ".join(f"{name} of {package}" for name, package in chosen.items())
+    checked = f"; {UNCHECKED}" if "fla" in chosen.values() else ""
+    return Peer(args, tokens, model, loss, f"no optimizer step; {what}; norms and loss of PyTorch{checked}")
+
+
+def _implementation(function: Callable[..., object]) -> str:
+    """The package whose function transformers calls: its own PyTorch code where a kernel's package does not import."""
+    chosen = inspect.getclosurevars(function).nonlocals.get("implementation", function)
+    package = chosen.__module__.split(".")[0]
+    return "PyTorch" if package == "transformers" else package
+
+
+def olmo_core(args: Namespace, tokens: torch.Tensor, compiled: bool) -> Peer:
+    """OLMo-core's Transformer as its script for this model builds it, but pre-norm GDN blocks, as in the released one.
+
+    Weights are bf16, as FSDP gives them to its forward; attention is PyTorch's, since flash-attn may be missing.
+
+    Args:
+        compiled: each block by torch.compile, as `compile_model=True` does there.
+
+    Raises:
+        ImportError: a package is missing.
+    """
+    model = olmo_core_model(args, "meta")
+    _prepare_fla()
+    if compiled:
+        model.apply_compile()
+    model.init_weights(max_seq_len=args.seq_length, device=_device())
+    model = model.to(torch.bfloat16)
+    count = torch.tensor(float(args.seq_length * args.global_batch_size), device=_device())
+
+    def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        found = model(
+            ids,
+            labels=labels,
+            loss_reduction="sum",
+            z_loss_multiplier=args.z_loss,
+            loss_div_factor=count,
+            return_logits=False,
+        )
+        return found.loss
+
+    import fla
+
+    what = f"no optimizer step; fla {fla.__version__}; attention and loss of PyTorch; {UNCHECKED}"
+    return Peer(args, tokens, model, loss, what)
+
+
+def olmo_core_model(args: Namespace, device: str) -> Any:
+    """OLMo-core's model of these sizes, fp32, not initialized.
+
+    Raises:
+        ImportError: a package is missing.
+    """
+    try:
+        from olmo_core.nn.attention import AttentionBackendName
+        from olmo_core.nn.attention.flash_linear_attn_api import has_fla
+        from olmo_core.nn.attention.recurrent import GatedDeltaNetConfig
+        from olmo_core.nn.feed_forward import FeedForwardConfig
+        from olmo_core.nn.transformer import TransformerBlockType, TransformerConfig
+    except ImportError as error:
+        raise ImportError(f"no package {error.name}: pip install ai2-olmo-core==3.0.0") from error
+    if not has_fla():
+        raise ImportError("no package fla: pip install flash-linear-attention==0.6.0 einops")
+    config = TransformerConfig.llama_like(
+        d_model=args.hidden_size,
+        vocab_size=args.padded_vocab_size,
+        n_layers=len(args.hybrid_layer_pattern),
+        n_heads=args.num_attention_heads,
+        qk_norm=True,
+        layer_norm_eps=1e-6,
+        block_name=TransformerBlockType.reordered_norm,
+        attn_backend=AttentionBackendName.torch,
+        feed_forward=FeedForwardConfig(hidden_size=args.ffn_hidden_size, bias=False),
+    )
+    attention = config.block
+    recurrent = attention.replace(
+        name=TransformerBlockType.default,
+        sequence_mixer=GatedDeltaNetConfig(
+            n_heads=args.linear_num_key_heads,
+            n_v_heads=args.linear_num_value_heads,
+            head_dim=args.linear_key_head_dim,
+            expand_v=args.linear_value_head_dim / args.linear_key_head_dim,
+            conv_size=args.linear_conv_kernel_dim,
+        ),
+    )
+    config.block, config.block_pattern = {"G": recurrent, "*": attention}, list(args.hybrid_layer_pattern)
+    return config.build(init_device=device)

@@ -13,7 +13,7 @@ CATEGORIES = (
     ("loss", r"cross_entropy|logsumexp_kernel|logits_gradient|softmax|nll"),
     (
         "Gated DeltaNet kernels",
-        r"^(conv|diagonal|prepare|scan|output|norm_backward|adjoint|query|key|gradients)\w*_kernel",
+        r"^(conv|diagonal|prepare|scan|norm|adjoint|query|key|gradients)\w*_kernel",
     ),
     (  # flash-linear-attention's
         "Gated DeltaNet kernels",

@@ -31,7 +31,8 @@ def rows(cases: Sequence[Case], events: list[dict[str, Any]], peak_tflops: float
 
 
 def _row(case: Case, done: list[dict[str, Any]], peak_tflops: float) -> dict[str, Any]:
-    row: dict[str, Any] = {"group": case.group, "name": case.name, "note": case.note}
+    note = next((event["note"] for event in done if "note" in event), case.note)
+    row: dict[str, Any] = {"group": case.group, "name": case.name, "note": note}
     row["errors"] = [event["error"] for event in done if "error" in event]
     row["seconds"] = sum(event.get("seconds", 0.0) for event in done)
     for name in ("profile", "decode"):

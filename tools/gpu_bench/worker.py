@@ -90,16 +90,19 @@ def _steps(case: Case, model: Any, tokens_per_step: int, flops: float) -> dict[s
     }
 
 
-def _huggingface(case: Case, tokens: torch.Tensor) -> dict[str, Any]:
+def _peer(case: Case, tokens: torch.Tensor) -> dict[str, Any]:
     from megatron_hybrid.flops import Sizes, training_flops_per_token
-    from megatron_hybrid.tools.gpu_bench.peer import HuggingFace
+    from megatron_hybrid.tools.gpu_bench import peer
 
     args = harness.parse(case.preset, case.flags)
     count = args.seq_length * args.global_batch_size
     flops = count * training_flops_per_token(Sizes.from_args(args), args.hybrid_layer_pattern, args.seq_length)
-    model = HuggingFace(args, tokens)
+    if case.kind == "huggingface":
+        model = peer.huggingface(args, tokens)
+    else:
+        model = peer.olmo_core(args, tokens, compiled=bool(case.options["compiled"]))
     try:
-        return _steps(case, model, count, flops)
+        return {**_steps(case, model, count, flops), "note": model.what}
     finally:
         model.close()
 
@@ -136,4 +139,4 @@ def _decode(case: Case, tokens: torch.Tensor) -> dict[str, Any]:
     return {"decode": rows}
 
 
-RUNNERS = {"train": _train, "huggingface": _huggingface, "profile": _profile, "decode": _decode}
+RUNNERS = {"train": _train, "huggingface": _peer, "olmo_core": _peer, "profile": _profile, "decode": _decode}
