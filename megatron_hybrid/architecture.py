@@ -67,7 +67,7 @@ def problems(flags: Sequence[str]) -> Iterator[str]:
     for name, values in given.items():
         value = " ".join(values)
         flag = f"--{name} {value}".rstrip()
-        none = f"{flag}: these layers have no such thing, and would not be what it says; leave it out"
+        none = f"{flag}: these layers have no such thing, it would be ignored or lost in an export; leave it out"
         if name in _ABSENT or (name in _NUMBER and _number(value) != _NUMBER[name]):
             yield none + _INSTEAD.get(name, "")
         elif name in _LEGAL and value not in (_LEGAL[name] or ()):

@@ -141,11 +141,8 @@ load_file() {
             [[ $2 =~ $SETTING ]] || { echo "$1: runs a command: ${2%%$'"'\\n'"'*}" >&2; exit 1; }
         }
         before=" $(compgen -v | tr "\n" " ")"
-        for each_file; do
-            trap '"'"'[ "${#BASH_SOURCE[@]}" = 0 ] || only_settings "${BASH_SOURCE[0]}: line $LINENO" "$BASH_COMMAND"'"'"' DEBUG
-            source "$each_file" >/dev/null || exit
-            :
-        done
+        trap '"'"'[ "${#BASH_SOURCE[@]}" = 0 ] || only_settings "${BASH_SOURCE[0]}: line $LINENO" "$BASH_COMMAND"'"'"' DEBUG
+        for each_file; do source "$each_file" >/dev/null || exit; done
         [ "$(compgen -A function)" = only_settings ] || { echo "$each_file: it defines a function" >&2; exit 1; }
         while read -r each; do
             [[ "$before each each_file before _ BASH_LINENO BASH_REMATCH BASH_SOURCE FUNCNAME PIPESTATUS " == *" $each "* ]] || echo "set $each"
