@@ -120,10 +120,10 @@ set_defaults() {
     done
 }
 
-# SETTING: what a line of an env file may be, as bash prints it: assignments, and nothing that runs a command.
+# SETTING: what a line of an env file may be, as bash prints it: assignments, or the name of another such file.
 DOLLAR='\$[A-Za-z0-9_{*@#?!-]'
 WORD="([^][:space:]\"'\\\\()&;|<>\`\$[]|[][]|\\\\.|$DOLLAR|\\\$?'[^']*'|\"([^\"\\\\\`\$]|\\\\.|$DOLLAR)*\")*"
-SETTING="^([A-Za-z_][A-Za-z0-9_]*\\+?=($WORD|\\((${WORD}[[:space:]]*)*\\))[[:space:]]*)+$"
+SETTING="^(source|\\.)[[:space:]]+$WORD\$|^([A-Za-z_][A-Za-z0-9_]*\\+?=($WORD|\\((${WORD}[[:space:]]*)*\\))[[:space:]]*)+$"
 
 # Sources an env file (a path with a slash) after a look at what it sets, in a shell of its own that stops before
 # anything but an assignment: a dry run, too, has to read it. The files before it, which it may refer to, are its first

@@ -137,6 +137,7 @@ FILES = [
     ("FLAGS=(a `touch RAN`)", "line 3: runs a command: "),
     ("NAME=x touch RAN", "line 3: runs a command: "),
     ("NAME=x >RAN", "line 3: runs a command: "),
+    ("source <(echo touch RAN)", "line 3: runs a command: "),
     ("exit 0", "line 3: runs a command: exit 0"),
     ("fail() { touch RAN; }", "defines a function"),
     ("FROM=$RUNZ/x", "line 3: RUNZ: unbound variable"),
