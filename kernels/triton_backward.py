@@ -156,10 +156,6 @@ def adjoint_scan_kernel(
         Tb = tl.load(Tb_row)
         G = tl.load(G_row + r)
         G_end = tl.load(G_row + C - 1)
-        gam = exp_fp32(G)
-        # Times one: do_t, exactly, where products leave and take their rows. Multiplied as it was loaded it would pass
-        # through shared memory: two barriers and a fifth more instructions a chunk.
-        do_decayed = (tl.dot(do_t, one) * (scale * gam)[None, :]).to(dtype)
         d0_low, d1_low = d0.to(dtype), d1.to(dtype)
         if STORE:
             store_state(ds, d0_low, col, 0, BV, KA, V, K)
@@ -169,6 +165,10 @@ def adjoint_scan_kernel(
         dr = tl.dot((du * tl.load(beta_row + r)[None, :]).to(dtype), Tb)
         if STORE:
             store_columns(dr_row, dr, H * V, left, col, C, BV, V)
+        gam = exp_fp32(G)
+        # Times one: do_t, exactly, where products leave and take their rows. Multiplied as it was loaded it would pass
+        # through shared memory: two barriers and a fifth more instructions a chunk.
+        do_decayed = (tl.dot(do_t, one) * (scale * gam)[None, :]).to(dtype)
         dr_decayed = (dr * -gam[None, :]).to(dtype)
         decay = exp_fp32(G_end)
         d0 = tl.dot(dr_decayed, k0, tl.dot(do_decayed, q0, d0 * decay))

@@ -68,8 +68,8 @@ def variants() -> dict[tuple[Any, ...], Recorded]:
     return {variant(launch): launch for case in CASES.values() for launch in launches(**case)}
 
 
-#: Instructions of dense calls that spill, loads and stores of local memory; on sm_90 none.
-SPILLS = {("scan", 100): 69, ("adjoint_scan", 100): 112}
+#: Instructions that spill, loads and stores of local memory; on sm_90 none.
+SPILLS = {("scan", 100): 69, ("adjoint_scan", 100): 147}
 
 
 def test_every_launch_compiles_for_hopper() -> None:
