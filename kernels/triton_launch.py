@@ -104,10 +104,12 @@ class Solved(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """q, k [B, T, Hk, K] normalised, 1 / norms [NC, Hk, C] fp32, P [NC, H, C, C]."""
+    """q, k [B, T, Hk, K] normalised, scale exp(G) q [B, T, H, K] (for the backward alone), 1 / norms [NC, Hk, C] fp32,
+    P [NC, H, C, C]."""
 
     q: Tensor
     k: Tensor
+    scaled_q: Tensor
     rstd_q: Tensor
     rstd_k: Tensor
     P: Tensor
@@ -159,6 +161,7 @@ def prepare(
     """
     B, T, Hk, H, K, V, options, layout, _ = problem
     NC, solve = layout.num_chunks, solved is None
+    scaled = not solve or options.keep_intermediates
     if conv is None:
         q, k, v = inputs
         normalise = options.qk_l2norm
@@ -171,6 +174,7 @@ def prepare(
     made = Prepared(
         q.new_empty(B, T, Hk, K) if normalise else q,
         k.new_empty(B, T, Hk, K) if normalise else k,
+        q.new_empty(B, T, H, K) if scaled else q,
         rstd_q,
         rstd_k,
         q.new_empty(NC, H, CHUNK, CHUNK),
@@ -192,8 +196,8 @@ def prepare(
         diagonal_kernel[(NC * H * 2,)](k, *gates, diagonal, **without_v, PRECISION=DIAGONAL_PRECISION, **launch.options)
     launch = launch_for("prepare", K, V)
     prepare_kernel[(NC * H,)](
-        q, k, *gates, diagonal, made.q, made.k, rstd_q, rstd_k, *solved, made.P,
-        **common, **strides(q=q), scale=options.scale, SOLVE=solve, SCORES=with_scores,
+        q, k, *gates, diagonal, made.q, made.k, made.scaled_q, rstd_q, rstd_k, *solved, made.P,
+        **common, **strides(q=q), scale=options.scale, SOLVE=solve, SCORES=with_scores, SCALED=scaled,
         PRECISION=MERGE_PRECISION, **launch.options,
     )  # fmt: skip
     return v, made, solved
@@ -204,10 +208,10 @@ def score(problem: Problem, made: Prepared, solved: Solved, gates: Gates) -> Non
     launch = launch_for("prepare", problem.K, problem.V)
     options, q, k = problem.options, made.q, made.k
     prepare_kernel[(problem.layout.num_chunks * problem.H,)](
-        q, k, *gates, q, q, k, made.rstd_q, made.rstd_k, *solved, made.P,
+        q, k, *gates, q, q, k, q, made.rstd_q, made.rstd_k, *solved, made.P,
         **problem.tables, **strides(q=q, k=k, a=gates.a, b=gates.b), **problem.sizes, T=problem.T,
         scale=options.scale, eps=options.l2norm_eps, L2NORM=False, BETA_MAX=options.beta_max,
-        SOLVE=False, SCORES=True, PRECISION=MERGE_PRECISION, **launch.options,
+        SOLVE=False, SCORES=True, SCALED=False, PRECISION=MERGE_PRECISION, **launch.options,
     )  # fmt: skip
 
 
@@ -321,14 +325,14 @@ def adjoint_scan(
 
     store false: dinitial alone; ds and dr are left empty.
     """
-    B, T, _Hk, H, K, V, options, layout, _ = problem
+    B, T, _Hk, H, K, V, _options, layout, _ = problem
     ds = made.k.new_empty(layout.num_chunks if store else 0, H, V, K)
     dr = made.k.new_empty(B, T if store else 0, H, V)
     dinitial = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=ds.device) if want_dinitial else None
     launch = launch_for("adjoint_scan", K, V)
     adjoint_scan_kernel[(layout.N * H * triton.cdiv(V, launch.block),)](
-        made.q, made.k, solved.Tb, made.P, solved.G, solved.beta, do, ds if dfinal is None else dfinal, ds, dr,
-        ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, options.scale, **strides(do=do),
+        made.scaled_q, made.k, solved.Tb, made.P, solved.G, solved.beta, do, ds if dfinal is None else dfinal, ds, dr,
+        ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, **strides(do=do),
         **problem.sizes, BV=launch.block, DFINAL=dfinal is not None, DINITIAL=want_dinitial, STORE=store,
         **launch.options,
     )  # fmt: skip

@@ -200,14 +200,14 @@ def diagonal_kernel(
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     q_in, k_in, a_in, b_in, A_log, dt_bias, diagonal_in,
-    q_out, k_out, rstd_q, rstd_k, G_out, beta_out, Tb_out, P_out,
+    q_out, k_out, scaled_out, rstd_q, rstd_k, G_out, beta_out, Tb_out, P_out,
     bounds, chunk_doc, chunk_start, T, scale, eps, q_sb, q_st, q_sh, k_sb, k_st, k_sh, a_sb, a_st, b_sb, b_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr,
-    L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, SOLVE: tl.constexpr, SCORES: tl.constexpr, PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, SOLVE: tl.constexpr, SCORES: tl.constexpr, SCALED: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk of one value head: SOLVE writes G, beta and Tb, SCORES P.
+    """Of one chunk of one value head: SOLVE writes G, beta and Tb, SCORES P, SCALED scale exp(G) q.
 
     L2NORM reads raw q and k where the projection left them, and writes them normalised as [B * T, Hk, K] rows.
     """
@@ -252,6 +252,11 @@ def prepare_kernel(
         tl.store(beta_out + chunk * C + r, beta)
     else:
         G = tl.load(G_out + chunk * C + r)
+    if SCALED:
+        decay = (scale * exp_fp32(G))[:, None]
+        out = scaled_out + (row * H + i_h) * K
+        store_tile(out, q0.to(tl.float32) * decay, H * K, left, 0, C, KA, K)
+        store_tile(out, q1.to(tl.float32) * decay, H * K, left, KA, C, KB, K)
     i, j = r[:, None], r[None, :]
     decay = tl.where(i >= j, exp_fp32(tl.where(i >= j, G[:, None] - G[None, :], 0.0)), 0.0)
     if SCORES:

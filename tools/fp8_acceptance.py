@@ -25,18 +25,18 @@ from typing import Any
 from megatron_hybrid.tools.cli import ToolError, run_cli
 from megatron_hybrid.tools.gpu_bench.cases import FP8, LEAN, words
 
-#: Four layers of the width of the 1B model, with the 7B's head sizes.
+#: Four layers of the width of the 1B model, with the head sizes and learning rates of the 7B.
 MODEL = words(
     "--preset olmo-hybrid-7b --num-layers 4 --hybrid-layer-pattern GGG* --hidden-size 2048 --ffn-hidden-size 8192 "
     "--num-attention-heads 16 --linear-num-key-heads 16 --linear-num-value-heads 16 --seq-length 1024 "
-    "--max-position-embeddings 1024 --micro-batch-size 16 --global-batch-size 16"
+    "--max-position-embeddings 1024 --micro-batch-size 8 --global-batch-size 8"
 )
 TINY = words(
     "--preset olmo-hybrid-tiny --num-layers 4 --hybrid-layer-pattern GGG* --seq-length 64 --micro-batch-size 2 "
     "--global-batch-size 2 --bf16 --use-distributed-optimizer"
 )
 RUN = words(
-    "--lr 1e-3 --min-lr 1e-4 --split 98,2,0 --eval-iters 0 --eval-interval 100000 --log-interval 1 --no-log-health"
+    "--lr 3e-4 --min-lr 3e-5 --split 98,2,0 --eval-iters 0 --eval-interval 100000 --log-interval 1 --no-log-health"
 )
 
 #: What is compared; the first is the yardstick. The second, whose weight gradients are rounded to bf16 before they are
@@ -143,7 +143,7 @@ def train(args: argparse.Namespace, variants: list[str], deadline: float) -> dic
     running = {}
     for variant in variants:
         save = ["--save", str(args.checkpoints / folder_name(variant)), "--save-interval", str(saved_step(args))]
-        running[variant] = launch(args, variant, "straight", save)
+        running[variant] = launch(args, variant, "straight", save if args.resumed_steps else [])
     for variant, error in wait(running, deadline, "run").items():
         rows[variant]["errors"].append(f"{error}: {why(args.output / folder_name(variant) / 'straight.log')}")
     for variant in variants:
@@ -273,7 +273,12 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, help="folder for checkpoints, 10 GB a run (default: in --output)")
     parser.add_argument("--variant", action="append", default=[], help="besides bf16, only this one (repeatable)")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--resumed-steps", type=int, default=20, help="before the end, to be run again; 0 for none")
+    parser.add_argument(
+        "--resumed-steps",
+        type=int,
+        default=20,
+        help="before the end, to be run again (20); 0: the runs alone, without checkpoints and gradients",
+    )
     parser.add_argument("--budget-s", type=float, default=560, help="end what runs after so many seconds")
     parser.add_argument("--tiny", action="store_true", help="small sizes without FP8, to try this tool itself")
     args = parser.parse_args()
@@ -293,11 +298,12 @@ def main() -> None:
     variants = [known[0], *(name for name in known[1:] if not args.variant or name in args.variant)]
     args.output.mkdir(parents=True)
     deadline = time.monotonic() + args.budget_s
-    rows = train(args, variants, deadline - min(RESERVED_S, args.budget_s / 3))
+    reserved = min(RESERVED_S, args.budget_s / 3) if args.resumed_steps else 0
+    rows = train(args, variants, deadline - reserved)
     write(args, rows)
     saved = [variant for variant in variants if has_checkpoint(args, variant)]
     judged = {"of one batch": start_gradients(args, variants)} if variants[0] in saved else {}
-    resumed = resume(args, saved) if args.resumed_steps else {}
+    resumed = resume(args, saved)
     cosines = read_gradients(args, wait(judged, deadline, "gradients"))
     write(args, rows, cosines)
     for variant, error in wait(resumed, deadline, "resumption").items():

@@ -109,11 +109,11 @@ def gdn_states(job: Job) -> float:
 
 
 def _intermediates(job: Job) -> float:
-    """What --gdn-keep-intermediates keeps besides: q, k and their norms, scores, new values, output before its norm."""
+    """What --gdn-keep-intermediates keeps besides: q, k and their norms, q scaled, scores, new values, output before norm."""
     if not job.keep_intermediates:
         return 0.0
     s, n, element = job.held, job.tokens / job.tp, element_bytes(job)
-    per_token = 2 * (s.gdn_key_heads * s.key_dim + s.gdn_value_heads * s.value_dim)
+    per_token = 2 * s.gdn_key_heads * s.key_dim + s.gdn_value_heads * (s.key_dim + 2 * s.value_dim)
     per_chunk = s.gdn_value_heads * CHUNK * CHUNK * element + 2 * s.gdn_key_heads * CHUNK * 4
     return n * per_token * element + _chunks(job) * per_chunk / job.tp
 

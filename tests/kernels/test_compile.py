@@ -18,8 +18,8 @@ from megatron_hybrid.kernels.configs import TABLE
 from megatron_hybrid.kernels.inspection import Recorded, compile_for, recording, resources
 from megatron_hybrid.kernels.triton_launch import Options
 
-Hk, H, K, V, T = 30, 30, 96, 192, 256
-D = 2 * Hk * K + H * V
+MODEL = (30, 30, 96, 192)  # Hk, H, K, V
+T = 256
 SHARED_BYTES = 232_448  #: what one block may use, on sm_90 and sm_100
 
 
@@ -39,9 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 def launches(
     packed: bool = False, halo: bool = False, initial: bool = False, final: bool = False, every: int = 0,
-    pass_states: Any = None, keep: bool = False,
+    pass_states: Any = None, keep: bool = False, heads: tuple[int, int, int, int] = MODEL,
 ) -> list[Recorded]:  # fmt: skip
     """Those of one mixer core, forward and backward, in bf16."""
+    Hk, H, K, V = heads
+    D = 2 * Hk * K + H * V
     bf16 = {"dtype": torch.bfloat16, "requires_grad": True}
     bounds = torch.tensor([0, 100, T], dtype=torch.int32) if packed else None
     documents = 2 if packed else 1
@@ -51,7 +53,7 @@ def launches(
             torch.zeros(H, requires_grad=True), torch.zeros(H, requires_grad=True), torch.zeros(V, **bf16),
             torch.zeros(documents, D, 3, **bf16) if halo else None,
             torch.zeros(documents, H, K, V, requires_grad=True) if initial else None,
-            (Hk, H, K, V), Options(K**-0.5, states_every=every, keep_intermediates=keep), bounds, final, pass_states,
+            heads, Options(K**-0.5, states_every=every, keep_intermediates=keep), bounds, final, pass_states,
         )  # fmt: skip
         torch.autograd.backward([y, last] if final else [y], [torch.zeros_like(y), *([last.detach()] if final else [])])
     return found
@@ -68,8 +70,13 @@ def variants() -> dict[tuple[Any, ...], Recorded]:
     return {variant(launch): launch for case in CASES.values() for launch in launches(**case)}
 
 
-#: Instructions that spill, loads and stores of local memory; on sm_90 none.
+#: Instructions that spill, loads and stores of local memory; on sm_90 none at the model's head sizes.
 SPILLS = {("scan", 100): 69, ("adjoint_scan", 100): 147}
+SPILLS_OF_OTHERS = {
+    (64, 64): {"query_gradient": 73},
+    (128, 128): {"scan": 40, "query_gradient": 10, "key_gradient": 41},
+    (128, 256): {"scan": 42, "query_gradient": 4, "key_gradient": 29},
+}
 
 
 def test_every_launch_compiles_for_hopper() -> None:
@@ -89,3 +96,14 @@ def test_matrix_units_and_registers(capability: int, unit: str) -> None:
             assert all(name.startswith(unit) for name in used.instructions), (launch.name, used.instructions)
             widths = [int(name.split(".")[1].split("x")[1]) for name in used.instructions if capability == 90]
             assert max(widths, default=0) <= 64, (launch.name, used.instructions)
+
+
+@pytest.mark.parametrize("sizes", sorted({(K, V) for _, _, K, V in TABLE} - {MODEL[2:]}), ids=str)
+def test_entries_of_other_head_sizes(sizes: tuple[int, int]) -> None:
+    spills = {}
+    for keep in (False, True):
+        for launch in launches(heads=(4, 4, *sizes), keep=keep):
+            used = resources(compile_for(launch, 90))
+            assert used.shared_bytes <= SHARED_BYTES, (launch.name, used)
+            spills[launch.name] = max(spills.get(launch.name, 0), used.spill_bytes)
+    assert {name: n for name, n in spills.items() if n} == SPILLS_OF_OTHERS.get(sizes, {})

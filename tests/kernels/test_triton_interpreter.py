@@ -345,6 +345,6 @@ def test_bytes_kept_for_the_backward() -> None:
     assert less == inputs
     assert torch.equal(found, expected)
     whole, found = kept("all")
-    besides = size * (2 * Hk * K + 2 * H * V + 64 * H) + 8 * Hk  # q, k, u, o, P; 1 / norms
+    besides = size * (2 * Hk * K + H * K + 2 * H * V + 64 * H) + 8 * Hk  # q, k, scaled q, u, o, P; 1 / norms
     assert whole == pytest.approx(common + size * states + besides, abs=1)
     assert torch.equal(found, expected)
