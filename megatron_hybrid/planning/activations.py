@@ -109,7 +109,7 @@ def gdn_states(job: Job) -> float:
 
 
 def _intermediates(job: Job) -> float:
-    """What --gdn-keep-intermediates keeps besides: q, k, norms, q scaled, scores, new values, output before its norm."""
+    """What --gdn-keep-intermediates keeps besides: q, k, norms, q scaled, scores, new values, output before norm."""
     if not job.keep_intermediates:
         return 0.0
     s, n, element = job.held, job.tokens / job.tp, element_bytes(job)
