@@ -3,10 +3,10 @@
     python -m megatron_hybrid.tools.fp8_acceptance --data-path PREFIX --tokenizer-model FILE --output FOLDER
 
 Each variant is a `megatron_hybrid.pretrain` of its own, all started together, spread over the GPUs that are visible:
-final losses are compared with bf16's (at most 0.5 % away, no step skipped). Then, at once, each run is resumed from its
-checkpoint a few steps before the end, whose losses must be the same bits, and one process loads bf16's checkpoint under
-every variant and compares the gradients of one batch, layer by layer. FOLDER gets acceptance.json, acceptance.md and a
-log per run.
+final losses are compared with bf16's (at most 0.5 % away, no step skipped that bf16 found ordinary). Then, at once,
+each run is resumed from its checkpoint a few steps before the end, whose losses must be the same bits, and one process
+loads bf16's checkpoint under every variant and compares the gradients of one batch, layer by layer. FOLDER gets
+acceptance.json, acceptance.md and a log per run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,12 @@ LARGEST_LOSS_DIFFERENCE = 0.005
 #: Kept back for what follows the runs: resumptions, and beside them gradients of six variants, one after another.
 RESERVED_S = 200
 LINE = re.compile(r"iteration\s+(\d+)/.*?lm loss: ([0-9.E+-]+|nan|inf)")
+NORM = re.compile(r"grad norm: ([0-9.E+-]+|nan|inf)")
 SKIPPED = re.compile(r"skipped steps: ([0-9.E+-]+)")
+#: A step at which bf16's own gradient norm or loss is so many standard deviations above the steps before it is hard for
+#: any precision: SkipStep, which leaves out what exceeds six, may do so there.
+HARD_STEP_SIGMAS = 3.0
+WINDOW_STEPS = 128  #: that SkipStep looks back on
 
 
 def folder_name(variant: str) -> str:
@@ -114,13 +119,28 @@ def wait(running: dict[str, subprocess.Popen[bytes]], deadline: float, what: str
 
 
 def read_log(log: Path) -> dict[str, Any]:
-    """{losses: {step: loss as printed}, skipped: steps} of a console log."""
-    losses, skipped = {}, 0.0
+    """{losses, norms: {step: as printed}, skipped: [steps]} of a console log."""
+    found: dict[str, Any] = {"losses": {}, "norms": {}, "skipped": []}
     for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
-        if found := LINE.search(line):
-            losses[int(found[1])] = float(found[2])
-            skipped += float(other[1]) if (other := SKIPPED.search(line)) else 0.0
-    return {"losses": losses, "skipped": skipped}
+        if loss := LINE.search(line):
+            step = int(loss[1])
+            found["losses"][step] = float(loss[2])
+            if norm := NORM.search(line):
+                found["norms"][step] = float(norm[1])
+            if (skipped := SKIPPED.search(line)) and float(skipped[1]):
+                found["skipped"].append(step)
+    return found
+
+
+def is_hard(row: dict[str, Any], step: int) -> bool:
+    """Whether this run's gradient norm or loss at a step stands out as HARD_STEP_SIGMAS says."""
+    for series in (row["norms"], row["losses"]):
+        before = [series[s] for s in range(step - WINDOW_STEPS, step) if s in series]
+        if len(before) < 2 or step not in series:
+            continue
+        if series[step] - statistics.fmean(before) > HARD_STEP_SIGMAS * statistics.stdev(before):
+            return True
+    return False
 
 
 def exact_losses(tensorboard: Path) -> dict[int, float]:
@@ -171,7 +191,7 @@ def resume(args: argparse.Namespace, variants: list[str]) -> dict[str, subproces
 def _losses(row: dict[str, Any], folder: Path, steps: int) -> None:
     found = read_log(folder / "straight.log")
     losses = found["losses"]
-    row |= {"losses": losses, "skipped": found["skipped"], "steps": max(losses, default=0)}
+    row |= found | {"steps": max(losses, default=0)}
     if row["steps"] == steps:
         last = [losses[step] for step in sorted(losses)[-20:]]
         row |= {"final": losses[steps], "final_20": statistics.fmean(last)}
@@ -226,8 +246,8 @@ def verdict(row: dict[str, Any], yardstick: dict[str, Any], resumed_steps: int) 
     wrong = list(row["errors"])
     if not abs(row["final_20"] / yardstick["final_20"] - 1) <= LARGEST_LOSS_DIFFERENCE:  # NaN too
         wrong.append("final loss")
-    if row["skipped"]:
-        wrong.append(f"{row['skipped']:.0f} skipped steps")
+    if steps := [step for step in row["skipped"] if not is_hard(yardstick, step)]:
+        wrong.append(f"skipped steps that bf16 found ordinary: {', '.join(map(str, steps))}")
     if resumed_steps and "resumed_equal" not in row:
         wrong.append("not resumed")
     elif resumed_steps and row["resumed_equal"] != resumed_steps:
@@ -240,7 +260,7 @@ def write(args: argparse.Namespace, rows: dict[str, dict[str, Any]], cosines: di
     lines = [
         f"{args.steps} steps, losses of the last step and mean of the last 20; resumed: equal bits of how many steps",
         "",
-        "| | loss | last 20 | of bf16's | skipped | resumed | largest difference | |",
+        "| | loss | last 20 | of bf16's | skipped steps | resumed | largest difference | |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for variant, row in rows.items():
@@ -251,10 +271,9 @@ def write(args: argparse.Namespace, rows: dict[str, dict[str, Any]], cosines: di
         share = row["final_20"] / yardstick["final_20"] if "final_20" in yardstick else float("nan")
         resumed = f"{row['resumed_equal']} of {row['resumed_steps']}" if "resumed_equal" in row else ""
         largest = f"{row['resumed_largest_difference']:.2e}" if "resumed_equal" in row else ""
-        lines.append(
-            f"| {variant} | {row['final']:.5f} | {row['final_20']:.5f} | {share:.5f} | {row['skipped']:.0f} | "
-            f"{resumed} | {largest} | {row['verdict']} |"
-        )
+        skipped = ", ".join(map(str, row["skipped"]))
+        cells = [variant, f"{row['final']:.5f}", f"{row['final_20']:.5f}", f"{share:.5f}", skipped, resumed, largest]
+        lines.append(f"| {' | '.join([*cells, row['verdict']])} |")
     if cosines:
         lines += ["", *cosines.get("table", []), *([cosines["error"]] if "error" in cosines else [])]
     (args.output / "acceptance.md").write_text("\n".join(lines) + "\n")
