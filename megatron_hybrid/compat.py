@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -78,6 +79,30 @@ def backend_flags(flags: Sequence[str]) -> list[str]:
             forced.append("--no-gradient-accumulation-fusion")
     given = {word.split("=")[0] for word in flags}
     return [flag for flag in dict.fromkeys(forced) if flag.split("=")[0] not in given]
+
+
+def limit_connections(flags: Sequence[str]) -> str | None:
+    """Sets CUDA_DEVICE_MAX_CONNECTIONS=1 unless it is set; what was set, as it would be typed, or None.
+
+    Megatron demands it of tensor and context parallelism on GPUs before Blackwell, and the opposite of FSDP. The driver
+    reads it with the first CUDA context, so the GPU is asked for by nvidia-smi, which makes none here.
+    """
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    if name in os.environ or {"--use-torch-fsdp2", "--use-megatron-fsdp"} & set(flags):
+        return None
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        if not found or max(float(capability) for capability in found) >= 10:
+            return None
+    except (OSError, subprocess.CalledProcessError, ValueError):  # no GPU, or none that can be asked
+        return None
+    os.environ[name] = "1"
+    return f"{name}=1"
 
 
 def join_or_be_alone() -> None:

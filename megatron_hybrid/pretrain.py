@@ -164,8 +164,9 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
                 raise FlagError("--tokenizer-type: missing; e.g. HuggingFaceTokenizer with --tokenizer-model FOLDER")
             run, flags = survival.begin(flags, compat.software)
         added = compat.backend_flags(flags)
-        if added and os.environ.get("RANK", "0") == "0":
-            print(f"added for this machine: {' '.join(added)}", file=sys.stderr)
+        said = [variable] if (variable := compat.limit_connections(flags)) else []
+        if (said := [*said, *added]) and os.environ.get("RANK", "0") == "0":
+            print(f"added for this machine: {' '.join(said)}", file=sys.stderr)
         compat.start_backend()
         if own.help_all:
             _print_all_flags()
