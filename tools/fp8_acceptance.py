@@ -294,14 +294,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results; must be new")
     parser.add_argument("--checkpoints", type=Path, help="folder for checkpoints, 10 GB a run (default: in --output)")
     parser.add_argument("--variant", action="append", default=[], help="besides bf16, only this one (repeatable)")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=500, help="of each run (500)")
     parser.add_argument(
         "--resumed-steps",
         type=int,
         default=20,
         help="before the end, to be run again (20); 0: the runs alone, without checkpoints and gradients",
     )
-    parser.add_argument("--budget-s", type=float, default=560, help="end what runs after so many seconds")
+    parser.add_argument("--budget-s", type=float, default=560, help="end what runs after so many seconds (560)")
     parser.add_argument("--tiny", action="store_true", help="small sizes without FP8, to try this tool itself")
     args = parser.parse_args()
     args.checkpoints = args.checkpoints or args.output / "checkpoints"
