@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Launch] = {
     "diagonal": Launch(1, 1),
     "prepare": Launch(4, 1),
     "scan": Launch(4, 2, 64),
-    "scan_again": Launch(4, 2, 64),  # in the backward: states and new values too
+    "scan_again": Launch(4, 2, 64),  # states and new values too: backward, or all kept
     "norm": Launch(4, 1, 16),
     "norm_backward": Launch(4, 1, 8),
     "adjoint_scan": Launch(4, 2, 64),

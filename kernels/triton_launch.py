@@ -104,8 +104,8 @@ class Solved(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """q, k [B, T, Hk, K] normalised, scale exp(G) q [B, T, H, K] (for the backward alone), 1 / norms [NC, Hk, C] fp32,
-    P [NC, H, C, C]."""
+    """q, k [B, T, Hk, K] normalised, scale exp(G) q [B, T, H, K] (for the backward; q itself where a forward does not
+    keep it), 1 / norms [NC, Hk, C] fp32, P [NC, H, C, C]."""
 
     q: Tensor
     k: Tensor

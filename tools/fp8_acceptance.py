@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 from megatron_hybrid.tools.gpu_bench.cases import FP8, LEAN, words
 
 #: Four layers of the width of the 1B model, with the head sizes and learning rates of the 7B.
@@ -59,8 +60,8 @@ RESERVED_S = 200
 LINE = re.compile(r"iteration\s+(\d+)/.*?lm loss: ([0-9.E+-]+|nan|inf)")
 NORM = re.compile(r"grad norm: ([0-9.E+-]+|nan|inf)")
 SKIPPED = re.compile(r"skipped steps: ([0-9.E+-]+)")
-#: A step at which bf16's own gradient norm or loss is so many standard deviations above the steps before it is hard for
-#: any precision: SkipStep, which leaves out what exceeds six, may do so there.
+#: A step at which bf16's own gradient norm or loss is so many standard deviations above the steps before it counts as
+#: hard in any precision: SkipStep, which leaves out what exceeds six, may do so there.
 HARD_STEP_SIGMAS = 3.0
 WINDOW_STEPS = 128  #: that SkipStep looks back on
 
@@ -133,11 +134,13 @@ def read_log(log: Path) -> dict[str, Any]:
 
 
 def is_hard(row: dict[str, Any], step: int) -> bool:
-    """Whether this run's gradient norm or loss at a step stands out as HARD_STEP_SIGMAS says."""
+    """Whether this run's gradient norm or loss at a step stands out as HARD_STEP_SIGMAS says, or is not finite."""
     for series in (row["norms"], row["losses"]):
-        before = [series[s] for s in range(step - WINDOW_STEPS, step) if s in series]
+        before = [series[s] for s in range(step - WINDOW_STEPS, step) if math.isfinite(series.get(s, math.nan))]
         if len(before) < 2 or step not in series:
             continue
+        if not math.isfinite(series[step]):
+            return True
         if series[step] - statistics.fmean(before) > HARD_STEP_SIGMAS * statistics.stdev(before):
             return True
     return False
@@ -281,7 +284,7 @@ def write(args: argparse.Namespace, rows: dict[str, dict[str, Any]], cosines: di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m megatron_hybrid.tools.fp8_acceptance",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -291,14 +294,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results; must be new")
     parser.add_argument("--checkpoints", type=Path, help="folder for checkpoints, 10 GB a run (default: in --output)")
     parser.add_argument("--variant", action="append", default=[], help="besides bf16, only this one (repeatable)")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=500, help="of each run (500)")
     parser.add_argument(
         "--resumed-steps",
         type=int,
         default=20,
         help="before the end, to be run again (20); 0: the runs alone, without checkpoints and gradients",
     )
-    parser.add_argument("--budget-s", type=float, default=560, help="end what runs after so many seconds")
+    parser.add_argument("--budget-s", type=float, default=560, help="end what runs after so many seconds (560)")
     parser.add_argument("--tiny", action="store_true", help="small sizes without FP8, to try this tool itself")
     args = parser.parse_args()
     args.checkpoints = args.checkpoints or args.output / "checkpoints"

@@ -8,7 +8,7 @@
 # PART: check, acceptance, bench (all three by default); bench:GROUP for one group of bench_training. A part that was
 # measured into OUTPUT before is not measured again. Exit status 1 where a tool did not do its part.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit
 DATA=${1:?folder with text.bin, text.idx, tokenizer.model} OUTPUT=${2:?folder for results} BUDGET=${3:-1500}
 shift $(($# < 3 ? $# : 3))
 PARTS=("${@:-}")
@@ -27,17 +27,22 @@ mkdir -p "$OUTPUT"
 export PYTHONUNBUFFERED=1 PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD
 unset PYTORCH_CUDA_ALLOC_CONF
 
-CHECKPOINTS=$(mktemp -d) # they are large: in memory where it holds 48 GB more
-if [ "$(df -k --output=avail /dev/shm 2>/dev/null | tail -1)" -gt 48000000 ]; then
+CHECKPOINTS=$(mktemp -d) # 10 GB for each of six runs: in memory where it holds that
+if [ "$(df -k --output=avail /dev/shm 2>/dev/null | tail -1)" -gt 60000000 ]; then
     CHECKPOINTS=$(mktemp -d -p /dev/shm)
 fi
 trap 'rm -rf "$CHECKPOINTS"' EXIT
 
 for PART in "${PARTS[@]}"; do
     say "$PART, $(left) s left"
+    if [ "$(left)" -lt 30 ]; then
+        echo "error: $PART: no time left of $BUDGET s" >&2
+        STATUS=1
+        continue
+    fi
     case $PART in
     check)
-        timeout 120 "$PYTHON" -m megatron_hybrid.tools.gpu_bench.check >"$OUTPUT/check.log" 2>&1
+        timeout 120 "$PYTHON" -m megatron_hybrid.tools.gpu_bench.check >"$OUTPUT/check.log" 2>&1 || STATUS=1
         grep -v '^ \|Warning\|^Traceback\|^[A-Z]\w*Error' "$OUTPUT/check.log" | tail -12
         ;;
     acceptance)

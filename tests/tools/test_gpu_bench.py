@@ -87,7 +87,7 @@ def test_the_list_needs_no_folder_and_a_question_must_be_one(tmp_path: Path) -> 
         ({}, "passed"),
         ({"final_20": 3.02}, "final loss"),
         ({"final_20": float("nan")}, "final loss"),
-        ({"skipped": [150, 160]}, "skipped steps that bf16 found ordinary: 160"),
+        ({"skipped": [120, 150, 160]}, "skipped steps that bf16 found ordinary: 160"),
         ({"resumed_equal": 19}, "resumption: 19 of 20 losses equal"),
         ({"resumed_equal": 0, "resumed_steps": 0}, "resumption: 0 of 20 losses equal"),
         ({"errors": ["run was ended"]}, "run was ended"),
@@ -96,7 +96,7 @@ def test_the_list_needs_no_folder_and_a_question_must_be_one(tmp_path: Path) -> 
 def test_what_acceptance_calls_passed(row: dict[str, Any], said: str) -> None:
     series = {step: 1 + 0.1 * (step % 2) for step in range(200)}
     whole = {"errors": [], "final_20": 3.0, "skipped": [], "resumed_equal": 20, "resumed_steps": 20}
-    whole |= {"losses": series, "norms": series | {150: 1.3}}
+    whole |= {"losses": series, "norms": series | {120: float("inf"), 150: 1.3}}
     assert verdict({**whole, **row}, whole, 20) == said
 
 

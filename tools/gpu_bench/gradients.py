@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megatron_hybrid.tools.cli import ToolError, run_cli
+from megatron_hybrid.tools.cli import Parser, ToolError, run_cli
 from megatron_hybrid.tools.gpu_bench import harness
 
 #: Delayed scaling knows the range of its tensors after it has seen them.
@@ -91,7 +91,7 @@ def question_and_answer(description: str | None) -> tuple[dict[str, Any], Path]:
     Raises:
         ToolError: a question that is no JSON, or lacks a part.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", type=Path)
     parser.add_argument("answer", type=Path)
     args = parser.parse_args()
