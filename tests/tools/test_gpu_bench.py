@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from megatron.training import global_vars
 
 from megatron_hybrid.tools.fp8_acceptance import verdict
 from megatron_hybrid.tools.gpu_bench import harness, peer
 from megatron_hybrid.tools.gpu_bench.cases import tiny
+from tests.parallel.ranks import run_ranks
 
 
 def _run(tool: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -38,14 +38,8 @@ def test_a_case_leaves_no_model_behind(tmp_path: Path) -> None:
     assert [bool(row.get("tokens_per_s")) for row in rows] == [True, False]
 
 
-def test_peers_name_the_missing_package_and_must_be_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "olmo_core", None)
-    monkeypatch.setitem(sys.modules, "olmo_core.nn.attention", None)
-    with pytest.raises(ImportError, match=r"no package olmo_core\S*: pip install ai2-olmo-core"):
-        peer.olmo_core_model(Namespace(), "meta")
-    monkeypatch.setattr(sys, "argv", ["test"])
+def _peers(rank: int) -> None:
     args = harness.parse("olmo-hybrid-tiny", tiny()[0].flags)
-    global_vars.destroy_global_vars()
     args.padded_vocab_size = 256
     tokens = harness.read_tokens(None, 200, 1024)
     model = peer.huggingface(args, tokens)
@@ -53,6 +47,14 @@ def test_peers_name_the_missing_package_and_must_be_the_same_model(monkeypatch: 
     args.padded_vocab_size = 128
     with pytest.raises(ValueError, match="parameters, ours has"):
         peer.Peer(args, tokens, model.model, model.loss, model.what)
+
+
+def test_peers_name_the_missing_package_and_must_be_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "olmo_core", None)
+    monkeypatch.setitem(sys.modules, "olmo_core.nn.attention", None)
+    with pytest.raises(ImportError, match=r"no package olmo_core\S*: pip install ai2-olmo-core"):
+        peer.olmo_core_model(Namespace(), "meta")
+    run_ranks(_peers, 1)  # Megatron's arguments become its process's
 
 
 @pytest.mark.parametrize("tool", ["bench_training", "fp8_acceptance"])
