@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+#: Bytes; a larger file of that name is a corpus, which every rank would read into memory.
+_MAX_MANIFEST = 1 << 28
+
 
 class OtherTokenizer(ValueError):
     """Data that this run's tokenizer has not made, where that cannot work; one line."""
@@ -35,7 +38,7 @@ def check(args: argparse.Namespace, eod: int, prefixes: Sequence[str]) -> list[s
     for prefix, made in _tokenizers(prefixes):
         ids, ends = made.get("vocab_size"), made.get("eod_id")
         about = f"--data-path {prefix}: made with {made.get('path', 'a tokenizer')}"
-        if isinstance(ids, int) and ids > args.padded_vocab_size:
+        if isinstance(ids, int) and args.padded_vocab_size and ids > args.padded_vocab_size:
             raise OtherTokenizer(
                 f"{about} of {ids:,} ids, and this run's embedding has {args.padded_vocab_size:,} rows; "
                 "give that tokenizer, or prepare the data again"
@@ -52,9 +55,12 @@ def _tokenizers(prefixes: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]
     for prefix in prefixes:
         for path in (Path(f"{prefix}.json"), Path(prefix).parent / "manifest.json"):
             try:
-                made = json.loads(path.read_text())["tokenizer"]
+                if path.stat().st_size > _MAX_MANIFEST:
+                    continue
+                content = json.loads(path.read_bytes())
+                made, names = content["tokenizer"], [entry["prefix"] for entry in content["datasets"]]
             except (OSError, ValueError, LookupError, TypeError):
                 continue  # not a manifest
-            if isinstance(made, dict):
+            if isinstance(made, dict) and Path(prefix).name in names:  # else of other data in the folder
                 yield prefix, made
                 break
