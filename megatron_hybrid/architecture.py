@@ -52,7 +52,7 @@ _INSTEAD = {
         ("use-rope-scaling", "rope-scaling-factor", "rotary-seq-len-interpolation-factor"),
         "; to stretch positions take --position-embedding-type yarn",
     ),
-}  # fmt: skip
+}
 
 _YARN = ("rotary-scaling-factor", "yarn-original-max-position-embeddings", "yarn-beta-fast", "yarn-beta-slow")
 
@@ -71,11 +71,8 @@ def problems(flags: Sequence[str]) -> Iterator[str]:
         if name in _ABSENT or (name in _NUMBER and _number(value) != _NUMBER[name]):
             yield none + _INSTEAD.get(name, "")
         elif name in _LEGAL and value not in (_LEGAL[name] or ()):
-            yield (
-                f"{flag}: legal here: {', '.join(_LEGAL[name] or ())}"
-                if _LEGAL[name]
-                else none + _INSTEAD.get(name, "")
-            )
+            legal = ", ".join(_LEGAL[name] or ())
+            yield f"{flag}: legal here: {legal}" if legal else none + _INSTEAD.get(name, "")
     stretched = [name for name in _YARN if name in given]
     if stretched and given.get("position-embedding-type") != ["yarn"]:
         yield (
