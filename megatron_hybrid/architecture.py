@@ -32,6 +32,9 @@ _LEGAL: dict[str, tuple[str, ...] | None] = {
     "experimental-attention-variant": None,
     "activation-func-clamp-value": None,
     "no-rope-freq": None,
+    "rope-scaling-factor": None,
+    "heterogeneous-layers-config-path": None,
+    "heterogeneous-layers-config-encoded-json": None,
 }
 
 #: {flag with a number: the only one}
@@ -46,10 +49,10 @@ _NUMBER = {
 _INSTEAD = {
     **dict.fromkeys(("qk-layernorm", "qk-l2-norm"), "; choose with --qk-norm-width full|head|none"),
     **dict.fromkeys(
-        ("use-rope-scaling", "rotary-seq-len-interpolation-factor"), "; to stretch positions take "
-        "--position-embedding-type yarn"
+        ("use-rope-scaling", "rope-scaling-factor", "rotary-seq-len-interpolation-factor"),
+        "; to stretch positions take --position-embedding-type yarn",
     ),
-}  # fmt: skip
+}
 
 _YARN = ("rotary-scaling-factor", "yarn-original-max-position-embeddings", "yarn-beta-fast", "yarn-beta-slow")
 
@@ -59,11 +62,8 @@ def problems(flags: Sequence[str]) -> Iterator[str]:
     given = _given(flags)
     if "spec" in given and tuple(given["spec"]) not in OWN_SPECS:
         return
-    for name, reason in _REQUIRED.items():
-        if name not in given:
-            yield f"--{name}: missing; {reason}, and Megatron's default is another model: add it"
-    if "normalization" not in given:
-        yield "--normalization: missing; add --normalization RMSNorm (Megatron's default is LayerNorm)"
+    if "use-checkpoint-args" not in given:  # the checkpoint's would be taken
+        yield from _missing(given)
     for name, values in given.items():
         value = " ".join(values)
         flag = f"--{name} {value}".rstrip()
@@ -71,13 +71,27 @@ def problems(flags: Sequence[str]) -> Iterator[str]:
         if name in _ABSENT or (name in _NUMBER and _number(value) != _NUMBER[name]):
             yield none + _INSTEAD.get(name, "")
         elif name in _LEGAL and value not in (_LEGAL[name] or ()):
-            yield f"{flag}: legal here: {', '.join(_LEGAL[name] or ())}" if _LEGAL[name] else none
+            legal = ", ".join(_LEGAL[name] or ())
+            yield f"{flag}: legal here: {legal}" if legal else none + _INSTEAD.get(name, "")
     stretched = [name for name in _YARN if name in given]
     if stretched and given.get("position-embedding-type") != ["yarn"]:
         yield (
             f"--{stretched[0]} {' '.join(given[stretched[0]])}: does nothing without --position-embedding-type yarn; "
             "add it, or leave this out"
         )
+
+
+def _missing(given: dict[str, list[str]]) -> Iterator[str]:
+    for name, reason in _REQUIRED.items():
+        if name not in given:
+            yield f"--{name}: missing; {reason}, and Megatron's default is another model: add it"
+    if "normalization" not in given:
+        yield "--normalization: missing; add --normalization RMSNorm (Megatron's default is LayerNorm)"
+    if not {"position-embedding-type", "use-rotary-position-embeddings"} & given.keys():
+        yield "--position-embedding-type: missing; add rope, yarn or none (Megatron's default is learned_absolute)"
+    groups = given.get("num-query-groups")
+    if groups and groups != given.get("num-attention-heads") and "group-query-attention" not in given:
+        yield f"--num-query-groups {' '.join(groups)}: ignored as it is; add --group-query-attention"
 
 
 def _given(flags: Sequence[str]) -> dict[str, list[str]]:

@@ -254,7 +254,10 @@ def _check_data(values: argparse.Namespace) -> None:
 
 def _check_split(split: str, prefix: str, documents: int, skip_train: bool) -> None:
     """Megatron trains no step on a share of 0, and builds one that rounds to no document without ever ending."""
-    shares = [float(number) for number in re.findall(r"[.0-9]+", split)]
+    try:
+        shares = [float(number) for number in re.findall(r"[.0-9]+", split)]  # as Megatron reads it
+    except ValueError:
+        shares = []
     if not sum(shares) or len(shares) > 3:
         raise FlagError(f"--split {split}: legal: shares of training, validation and test, as 99,1,0")
     if not shares[0] and not skip_train:

@@ -72,6 +72,9 @@ REFUSED = [
     (["--normalization", "LayerNorm"], ["--normalization LayerNorm: legal here: RMSNorm"]),
     (["--without-swiglu"], ["--swiglu: missing", "add it"]),
     (["--without-normalization"], ["--normalization: missing", "RMSNorm"]),
+    (["--without-position-embedding-type"], ["--position-embedding-type: missing", "learned_absolute"]),
+    (["--num-query-groups", "10"], ["--num-query-groups 10", "add --group-query-attention"]),
+    (["--rope-scaling-factor", "8"], ["--rope-scaling-factor 8", "--position-embedding-type yarn"]),
     (["--rotary-scaling-factor", "8"], ["--rotary-scaling-factor 8", "--position-embedding-type yarn"]),
     (["--lr-warmup-iters", "20", "--train-iters", "20"], ["--lr-warmup-iters 20", "--train-iters 20", "19"]),
 ]
@@ -137,11 +140,18 @@ def test_the_7b_preset_passes(tp: int) -> None:
     [
         "--rotary-percent 1.0 --num-experts=0 --softmax-type vanilla",
         "--position-embedding-type yarn --rotary-scaling-factor 8 --yarn-beta-fast 32",
+        "--num-query-groups 10 --group-query-attention",
+        "--num-query-groups 30",
         "--spec my.module my_spec --num-experts 8 --normalization LayerNorm",  # what it does is not known here
     ],
 )
 def test_flags_of_the_architecture_that_pass(given: str) -> None:
     check(compose("olmo-hybrid-7b", [*given.split(), "--mock-data"]))
+
+
+def test_a_checkpoint_says_what_the_command_line_does_not() -> None:
+    sizes = "--hybrid-layer-pattern GGG* --hidden-size 64 --num-attention-heads 4 --mock-data"
+    check([*sizes.split(), "--use-checkpoint-args"])
 
 
 def test_unknown_preset_names_the_nearest() -> None:
@@ -262,6 +272,7 @@ def test_flags_of_the_plugin_are_frozen() -> None:
         ([], "--split 969, 30, 1: test gets none of the 40 documents"),
         (["--split", "0,100,0"], "--split 0,100,0: no share for training; give it one, or add --skip-train"),
         (["--split", "0"], "--split 0: legal: shares of training, validation and test"),
+        (["--split", "99,.,1"], "--split 99,.,1: legal: shares of"),
         (["--split", "97,3,0"], ""),
         (["--split", "1"], ""),
         (["--split", "0,1,0", "--skip-train"], ""),

@@ -120,10 +120,11 @@ set_defaults() {
     done
 }
 
-# SETTING: what a line of an env file may be, as bash prints it: assignments, or the name of another such file.
+# SETTING: what a line of an env file may be, as bash prints it: assignments, the name of another such file, or the
+# options that submit.sh has set itself. No `declare`: in the function that reads the file it would be local.
 DOLLAR='\$[A-Za-z0-9_{*@#?!-]'
 WORD="([^][:space:]\"'\\\\()&;|<>\`\$[]|[][]|\\\\.|$DOLLAR|\\\$?'[^']*'|\"([^\"\\\\\`\$]|\\\\.|$DOLLAR)*\")*"
-SETTING="^(source|\\.)[[:space:]]+$WORD\$|^([A-Za-z_][A-Za-z0-9_]*\\+?=($WORD|\\((${WORD}[[:space:]]*)*\\))[[:space:]]*)+$"
+SETTING="^set -[eu]+(o pipefail)?\$|^(source|\\.)[[:space:]]+$WORD\$|^(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*\\+?=($WORD|\\((${WORD}[[:space:]]*)*\\))[[:space:]]*)+$"
 
 # Sources an env file (a path with a slash) after a look at what it sets, in a shell of its own that stops before
 # anything but an assignment: a dry run, too, has to read it. The files before it, which it may refer to, are its first

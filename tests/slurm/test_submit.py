@@ -165,6 +165,17 @@ def test_a_slip_in_an_env_file_is_named(line: str, said: str, site: Path, tmp_pa
     assert not Path("RAN").exists()
 
 
+def test_what_shells_files_of_settings_begin_with_is_taken(site: Path, tmp_path: Path) -> None:
+    lines = [
+        "set -euo pipefail # as everywhere",
+        f"source {CHAIN[0]}",
+        'export EXCLUDE_NODES="n7,n 8"',
+        "export NAME=b",
+    ]
+    done = submit("--dry-run", "--site", site, write_env(tmp_path / "a.env", lines, {}))
+    assert done.returncode == 0 and "--job-name=b" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_stage_needs_what_is_before_it(site: Path) -> None:
     done = submit("--dry-run", "--site", site, CHAIN[1])
     assert done.returncode == 2 and "no run of AFTER=(7b) in this command makes it" in done.stderr
