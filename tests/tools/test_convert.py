@@ -24,11 +24,11 @@ from megatron_hybrid.tools.convert.to_megatron import ImportOptions, import_mode
 from megatron_hybrid.tools.direct_io import DirectWriter
 from megatron_hybrid.tools.generate import Sampling, generate, load_tokenizer
 from megatron_hybrid.tools.hf_logits import hf_logits, load_model
-from megatron_hybrid.tools.hf_mapping import ModelConfig
 from tests.tools.tiny_model import (
     ROOT,
     TINY,
     Job,
+    directly_filled_model,
     megatron_tensors,
     random_hf_tensors,
     sidecar,
@@ -78,23 +78,6 @@ def describe(folder: Path, **changes: Any) -> None:
 def read_all(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of an exported folder."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def directly_filled_model(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> Any:
-    """transformers' model with parameters set one by one: no file, no key mapping of transformers or of ours."""
-    from transformers import OlmoHybridConfig, OlmoHybridForCausalLM
-
-    model = OlmoHybridForCausalLM(OlmoHybridConfig(**hf_config(config, "float32"))).eval()
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    for name, parameter in model.named_parameters():
-        if name.endswith("linear_attn.conv1d.weight"):
-            prefix = name.removesuffix("conv1d.weight")
-            parameter.data = torch.cat([tensors.pop(f"{prefix}{part}_conv1d.weight") for part in "qkv"])
-        else:
-            assert parameter.shape == tensors[name].shape
-            parameter.data = tensors.pop(name)
-    assert not tensors
-    return model
 
 
 @pytest.mark.parametrize("ranks", [1, 2], ids=["fp32_from_1_rank", "bf16_with_fp32_islands_from_2_ranks"])

@@ -26,8 +26,7 @@ from megatron_hybrid.tools.convert.to_megatron import ImportOptions, import_mode
 from megatron_hybrid.tools.dcp_reader import TorchDistCheckpoint
 from megatron_hybrid.tools.hf_logits import load_model
 from megatron_hybrid.tools.hf_mapping import ModelConfig, config_from_sidecar
-from tests.tools.test_convert import directly_filled_model
-from tests.tools.tiny_model import GROUPED, ROOT, TINY, random_hf_tensors
+from tests.tools.tiny_model import GROUPED, ROOT, TINY, directly_filled_model, random_hf_tensors
 
 BASELINE = replace(TINY, hybrid_layer_pattern="****" * 2, window_size=(15, 0), window_attn_skip_freq=4)
 

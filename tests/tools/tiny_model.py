@@ -12,6 +12,7 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
+from megatron_hybrid.tools.convert.hf_config import hf_config
 from megatron_hybrid.tools.hf_mapping import ModelConfig, hf_tensor_shapes, tensor_rules, to_megatron
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,3 +124,20 @@ def train_sentencepiece(path: Path, **changes: Any) -> None:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text), model_writer=handle, num_threads=1, minloglevel=2, **options | changes
         )
+
+
+def directly_filled_model(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> Any:
+    """transformers' model with parameters set one by one: no file, no key mapping of transformers or of ours."""
+    from transformers import OlmoHybridConfig, OlmoHybridForCausalLM
+
+    model = OlmoHybridForCausalLM(OlmoHybridConfig(**hf_config(config, "float32"))).eval()
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    for name, parameter in model.named_parameters():
+        if name.endswith("linear_attn.conv1d.weight"):
+            prefix = name.removesuffix("conv1d.weight")
+            parameter.data = torch.cat([tensors.pop(f"{prefix}{part}_conv1d.weight") for part in "qkv"])
+        else:
+            assert parameter.shape == tensors[name].shape
+            parameter.data = tensors.pop(name)
+    assert not tensors
+    return model
