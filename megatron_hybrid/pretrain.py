@@ -89,6 +89,9 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
         raise FlagError(
             " ".join(str(error).split()) or f"Megatron refused the flags ({type(error).__name__})"
         ) from error
+    except Exception:  # its traceback comes after what was said
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def stack_spec(args: argparse.Namespace) -> Any:
