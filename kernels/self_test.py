@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def kernel_errors(K: int, V: int, device: torch.device, T: int = 256, H: int = 4) -> dict[str, float]:
+def kernel_errors(K: int, V: int, device: torch.device, T: int = 256, H: int = 4, **kept: Any) -> dict[str, float]:
     """Errors of o and of the gradients of q, k, v, a, b in bf16 against the reference in fp64.
+
+    kept: states_every or keep_intermediates, as training has them: each is compiled into other kernels.
 
     Raises RuntimeError when the same input gives different bits twice: that is a race, not rounding.
     """
@@ -36,7 +39,7 @@ def kernel_errors(K: int, V: int, device: torch.device, T: int = 256, H: int = 4
     def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
         gates = [x.double() if dtype == torch.float64 else x for x in (A_log, dt_bias)]
-        o, _ = gated_delta.gated_delta_rule(*leaves, *gates, qk_l2norm=False, backend=backend)
+        o, _ = gated_delta.gated_delta_rule(*leaves, *gates, qk_l2norm=False, backend=backend, **kept)
         return [o.detach(), *torch.autograd.grad(o, leaves, weight.to(o.dtype))]
 
     first, second = run("triton", torch.bfloat16), run("triton", torch.bfloat16)
@@ -47,10 +50,10 @@ def kernel_errors(K: int, V: int, device: torch.device, T: int = 256, H: int = 4
     return {name: relative_error(x, y) for name, x, y in zip(TOLERANCES, first, expected, strict=True)}
 
 
-def self_test(K: int, V: int, device: torch.device | None = None) -> dict[str, float]:
-    """The errors; raises RuntimeError when the kernels of these head sizes are not right on this device."""
+def self_test(K: int, V: int, device: torch.device | None = None, **kept: Any) -> dict[str, float]:
+    """`kernel_errors`; raises RuntimeError when the kernels of these head sizes are not right on this device."""
     device = device or torch.device("cuda")
-    errors = kernel_errors(K, V, device)
+    errors = kernel_errors(K, V, device, **kept)
     wrong = [f"{name} {error:.4f} (at most {TOLERANCES[name]})" for name, error in errors.items()]
     if not all(error <= TOLERANCES[name] for name, error in errors.items()):
         raise RuntimeError(
@@ -61,7 +64,7 @@ def self_test(K: int, V: int, device: torch.device | None = None) -> dict[str, f
 
 
 @cache
-def before_training(backend: str | None, dtype: torch.dtype, K: int, V: int) -> dict[str, float]:
+def before_training(backend: str | None, dtype: torch.dtype, K: int, V: int, **kept: Any) -> dict[str, float]:
     """Gates training on a GPU: the kernels take this dtype, have a checked launch here, and pass their self-test.
 
     Returns the self-test's errors, none where there is nothing to check: without a GPU or with another backend.
@@ -71,4 +74,4 @@ def before_training(backend: str | None, dtype: torch.dtype, K: int, V: int) -> 
         return {}
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"--gdn-backend triton: takes bf16 or fp16, not {dtype}; add --bf16, or take reference")
-    return self_test(K, V)
+    return self_test(K, V, **kept)

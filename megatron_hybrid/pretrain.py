@@ -165,10 +165,11 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
             check(flags)
             if not {"--tokenizer-type", "--use-checkpoint-args"} & {word.split("=")[0] for word in flags}:
                 raise FlagError("--tokenizer-type: missing; e.g. HuggingFaceTokenizer with --tokenizer-model FOLDER")
+        variable = compat.limit_connections(flags)  # before anything asks CUDA, as a run that goes on does next
+        if not own.help_all:
             run, flags = survival.begin(flags, compat.software)
         added = compat.backend_flags(flags)
-        said = [variable] if (variable := compat.limit_connections(flags)) else []
-        if (said := [*said, *added]) and os.environ.get("RANK", "0") == "0":
+        if (said := [*([variable] if variable else []), *added]) and os.environ.get("RANK", "0") == "0":
             print(f"added for this machine: {' '.join(said)}", file=sys.stderr)
         compat.start_backend()
         if own.help_all:
@@ -246,7 +247,14 @@ def _check_kernels(args: argparse.Namespace) -> dict[str, float]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     chosen = None if args.gdn_backend == "auto" else args.gdn_backend
     try:
-        return before_training(chosen, args.params_dtype, args.linear_key_head_dim, args.linear_value_head_dim)
+        return before_training(
+            chosen,
+            args.params_dtype,
+            args.linear_key_head_dim,
+            args.linear_value_head_dim,
+            states_every=args.gdn_states_every,
+            keep_intermediates=args.gdn_keep_intermediates,
+        )
     except RuntimeError as error:
         print(f"error: rank {args.rank}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -294,6 +294,7 @@ def test_shard_summary() -> None:
         assert max(relative(i, j) for i, j in zip(x.unbind(1), y.unbind(1), strict=True) if j.norm() > 1e-30) <= bound
 
 
-def test_self_test() -> None:
+@pytest.mark.parametrize("kept", [{}, {"states_every": 4}, {"keep_intermediates": True}], ids=str)
+def test_self_test(kept: dict[str, Any]) -> None:
     with launches():
-        self_test(96, 192)
+        self_test(96, 192, **kept)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_hybrid.compat import software
+from megatron_hybrid.tools.cli import Parser
 
 
 def fp8_linear(recipe: str) -> str:
@@ -56,7 +57,7 @@ def attention() -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(software(), flush=True)
     checks: dict[str, Callable[[], object]] = {
         f"import {name}": lambda name=name: importlib.import_module(name)  # type: ignore[misc]
