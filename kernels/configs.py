@@ -36,12 +36,14 @@ DEFAULTS: dict[str, Launch] = {
     "conv": Launch(4, 1, 64),
     "diagonal": Launch(1, 1),
     "prepare": Launch(4, 1),
+    "prepare_normalising": Launch(4, 1),  # the same kernel, when it makes q and k unit vectors itself
     "scan": Launch(4, 2, 64),
     "scan_again": Launch(4, 2, 64),  # states and new values too: backward, or all kept
     "norm": Launch(4, 1, 16),
     "norm_backward": Launch(4, 1, 8),
     "adjoint_scan": Launch(4, 2, 64),
     "query_gradient": Launch(8, 1, 64, 128),
+    "inverse_gradient": Launch(4, 1, 64),
     "key_gradient": Launch(8, 1, 64, 128),
     "conv_backward": Launch(1, 1, 64),
     "decode": Launch(8, 1),
@@ -49,16 +51,20 @@ DEFAULTS: dict[str, Launch] = {
 
 #: (architecture, triton's major.minor, K, V): passed the checks of tools/tune_kernels.py on that architecture.
 TABLE: dict[tuple[str, str, int, int], Entry] = {
-    # NVIDIA H100, 2026-11-25
+    # NVIDIA H200, 2026-11-28
     ("sm_90", "3.6", 96, 192): DEFAULTS
     | {
+        "prepare": Launch(4, 1, 0, 96),
+        "prepare_normalising": Launch(4, 1, 0, 128),
         "scan": Launch(4, 4, 64),
         "scan_again": Launch(4, 3, 64),
         "norm_backward": Launch(2, 1, 4),
         "adjoint_scan": Launch(4, 3, 64),
-        "query_gradient": Launch(8, 3, 64, 128),
+        "query_gradient": Launch(4, 2, 64),
+        "inverse_gradient": Launch(4, 1, 64, 160),
+        "key_gradient": Launch(8, 3, 64, 128),
     },
-    # The same day, chosen while others used that GPU: right, and not much slower than the best.
+    # NVIDIA H100, 2026-11-25, chosen while others used that GPU: right, and not much slower than the best.
     ("sm_90", "3.6", 128, 256): DEFAULTS
     | {
         "scan": Launch(4, 3, 64),

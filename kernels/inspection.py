@@ -32,6 +32,7 @@ KERNELS = (
     "norm_backward",
     "adjoint_scan",
     "query_gradient",
+    "inverse_gradient",
     "key_gradient",
     "conv_backward",
 )

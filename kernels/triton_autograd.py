@@ -1,8 +1,9 @@
 """Autograd of the Triton path: the delta rule by itself, the whole mixer core, the summary of a stretch of tokens.
 
-Letters as in triton_tiles.py. What is kept for the backward is little: the inputs, G and beta (fp32 scalars per token
-and head) and Tb. q, k, v, scores and states are computed again, the states from every n-th one when those are kept.
-With Options.keep_intermediates nothing is computed again: all that the backward reads is kept, which v is not part of.
+Letters as in triton_tiles.py. What is kept for the backward is little: the inputs, five fp32 numbers of each token
+and head (`Solved`) and Tb. q, k, v, scores and states are computed again, the states from every n-th one when those are
+kept. With Options.keep_intermediates nothing is computed again: all that the backward reads is kept, which v is not
+part of.
 Nothing that is kept is written to: a graph may be run backward twice.
 """
 
@@ -46,9 +47,9 @@ class DeltaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        a, b, A_log, dt_bias, G, beta, Tb, *rest = ctx.saved_tensors
+        a, b, A_log, dt_bias, G, factors, Tb, *rest = ctx.saved_tensors
         problem: Problem = ctx.problem
-        gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb)
+        gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, factors, Tb)
         if problem.options.keep_intermediates:
             *parts, h, u = rest
             made, states = Prepared(*parts), Scanned(h, u)
@@ -59,9 +60,9 @@ class DeltaRule(torch.autograd.Function):
         shape = (problem.B, problem.T, problem.H, problem.V)
         do = made.k.new_zeros(shape) if do is None else with_unit_stride(do)
         dfinal = None if dfinal is None else dfinal.contiguous()
-        adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal, want_dinitial=ctx.needs_input_grad[7])
+        adjoint, query = launch.adjoint_and_query(problem, made, solved, states, do, dfinal, ctx.needs_input_grad[7])
         da, db = torch.empty(2, *a.shape, dtype=a.dtype, device=a.device)
-        g = launch.gradients(problem, made, solved, states, adjoint, do, gates, da, db)
+        g = launch.gradients(problem, made, solved, states, adjoint, query, gates, da, db)
         return (
             g.dq, g.dk, adjoint.dr, da, db, g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype), adjoint.dinitial,
             None, None, None,
@@ -113,12 +114,12 @@ class MixerCore(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, G, beta, Tb, *rest = ctx.saved_tensors
+        qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, G, factors, Tb, *rest = ctx.saved_tensors
         problem: Problem = ctx.problem
         z = split_projection(qkvz, ctx.heads)[3]
         x = qkvz[..., : conv_weight.shape[0]]
         a, b = ab.chunk(2, dim=-1)
-        gates, solved, conv = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb), Conv(conv_weight, halo)
+        gates, solved, conv = Gates(a, b, A_log, dt_bias), Solved(G, factors, Tb), Conv(conv_weight, halo)
         do = qkvz.new_empty(problem.B, problem.T, problem.H, problem.V)
         if problem.options.keep_intermediates:
             *parts, h, u, o = rest
@@ -140,8 +141,8 @@ class MixerCore(torch.autograd.Function):
             own = launch.adjoint_scan(problem, made, solved, do, None, want_dinitial=True, store=False).dinitial
             # The chain is linear in S, and its transpose carries what each stretch sends back to the ones before it.
             (dfinal,) = torch.autograd.grad(incoming, S, own)
-        adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal, want_dinitial=want_dinitial)
-        g = launch.gradients(problem, made, solved, states, adjoint, do, gates, *dab.chunk(2, dim=-1))
+        adjoint, query = launch.adjoint_and_query(problem, made, solved, states, do, dfinal, want_dinitial)
+        g = launch.gradients(problem, made, solved, states, adjoint, query, gates, *dab.chunk(2, dim=-1))
         dx = dqkvz[..., : conv_weight.shape[0]]
         dweight, dhalo = launch.conv_backward(problem, x, conv, g.dq, g.dk, adjoint.dr, dx)
         return (
@@ -181,17 +182,17 @@ class Summary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        k, v, a, b, A_log, dt_bias, G, beta, Tb = ctx.saved_tensors
+        k, v, a, b, A_log, dt_bias, G, factors, Tb = ctx.saved_tensors
         narrow: Problem = ctx.problem
         problem = narrow._replace(V=narrow.K + narrow.V)
-        gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, beta, Tb)
+        gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, factors, Tb)
         widened, initial = Summary.widen(k, v, problem.layout.N // problem.B)
         _, made, _ = launch.prepare(problem, (k, k, widened), gates, None, solved)
         states = launch.scan(problem, made, solved, widened, initial=initial, is_again=True)
         do = torch.zeros_like(widened)
-        adjoint = launch.adjoint_scan(problem, made, solved, do, dfinal.contiguous(), want_dinitial=False)
+        adjoint, query = launch.adjoint_and_query(problem, made, solved, states, do, dfinal.contiguous(), False)
         da, db = torch.empty(2, *a.shape, dtype=a.dtype, device=a.device)
-        g = launch.gradients(problem, made, solved, states, adjoint, do, gates, da, db)
+        g = launch.gradients(problem, made, solved, states, adjoint, query, gates, da, db)
         dA_log, ddt_bias = g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype)
         return g.dk, adjoint.dr[..., problem.K :], da, db, dA_log, ddt_bias, None, None
 

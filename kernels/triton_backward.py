@@ -21,6 +21,7 @@ import triton.language as tl
 from megatron_hybrid.kernels.triton_tiles import (
     exp_fp32,
     load_block,
+    load_pairs,
     load_state,
     load_state_fp32,
     load_tile,
@@ -104,7 +105,7 @@ def norm_backward_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def adjoint_scan_kernel(
-    scaled_q, k_in, Tb_in, P_in, G_in, beta_in, do_in, dfinal, ds_out, dr_out, dinitial,
+    scaled_q, k_in, Tb_in, P_in, factors_in, do_in, dfinal, ds_out, dr_out, dinitial,
     bounds, chunk_start, T, do_sb, do_st, do_sh,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -143,10 +144,11 @@ def adjoint_scan_kernel(
     ds = ds_out + chunk * V * K
     square = chunk * C * C + r[:, None] * C + r[None, :]
     Tb_row, P_row = Tb_in + square, P_in + square
-    G_row = G_in + chunk * C
-    beta_row = beta_in + chunk * C
+    factors = factors_in + chunk * C * 4
+    decay = -tl.load(factors + (C - 1) * 2, mask=num_chunks > 0, other=0.0)  # ahead by hand: alone it is not pipelined
     for i in range(num_chunks):
         left = length - (num_chunks - 1 - i) * C
+        next_decay = tl.load(factors - H * C * 4 + (C - 1) * 2, mask=i + 1 < num_chunks, other=0.0)
         q0 = load_tile(q, H * K, left, 0, C, KA, K)
         q1 = load_tile(q, H * K, left, KA, C, KB, K)
         k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
@@ -154,19 +156,17 @@ def adjoint_scan_kernel(
         do_t = tl.trans(load_block(do, do_st, left, col, C, BV, V))
         P = tl.load(P_row)
         Tb = tl.load(Tb_row)
-        G = tl.load(G_row + r)
-        G_end = tl.load(G_row + C - 1)
+        minus_gam, beta, dec, _ = load_pairs(factors, C)
         d0_low, d1_low = d0.to(dtype), d1.to(dtype)
         if STORE:
             store_state(ds, d0_low, col, 0, BV, KA, V, K)
             store_state(ds, d1_low, col, KA, BV, KB, V, K)
         du = tl.dot(d1_low, tl.trans(k1), tl.dot(d0_low, tl.trans(k0)))
-        du = tl.dot(do_t, P, du * exp_fp32(G_end - G)[None, :])
-        dr = tl.dot((du * tl.load(beta_row + r)[None, :]).to(dtype), Tb)
+        du = tl.dot(do_t, P, du * dec[None, :])
+        dr = tl.dot((du * beta[None, :]).to(dtype), Tb)
         if STORE:
             store_columns(dr_row, dr, H * V, left, col, C, BV, V)
-        dr_decayed = (dr * -exp_fp32(G)[None, :]).to(dtype)
-        decay = exp_fp32(G_end)
+        dr_decayed = (dr * minus_gam[None, :]).to(dtype)
         d0 = tl.dot(dr_decayed, k0, tl.dot(do_t, q0, d0 * decay))
         d1 = tl.dot(dr_decayed, k1, tl.dot(do_t, q1, d1 * decay))
         q -= C * H * K
@@ -176,8 +176,8 @@ def adjoint_scan_kernel(
         ds -= H * V * K
         Tb_row -= H * C * C
         P_row -= H * C * C
-        G_row -= H * C
-        beta_row -= H * C
+        factors -= H * C * 4
+        decay = -next_decay
     if DINITIAL:
         store_state_fp32(dinitial + state, d0, col, 0, BV, KA, V, K)
         store_state_fp32(dinitial + state, d1, col, KA, BV, KB, V, K)
@@ -192,41 +192,28 @@ def unnormalised(dx0, dx1, x0, x1, rstd):
 
 @triton.jit
 def query_gradient(
-    do, do_st, u, dr, h, q, k, P, dP_out, dN_out, G_row, rstd, dq, left, scale,
+    do, do_st, u, h, q, k, P, dP_out, G_row, rstd, dq, left, scale,
     H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq, dP and dN. Returns the gradient of G through scores and inverse, and dR_i . U_i."""
+    """Writes dq and dP. Returns the gradient of G through scores and output."""
     dq0 = tl.zeros([C, KA], dtype=tl.float32)
     dq1 = tl.zeros([C, KB], dtype=tl.float32)
     do_u = tl.zeros([C, C], dtype=tl.float32)
-    dr_u = tl.zeros([C, C], dtype=tl.float32)
     for i_v in range((V + BV - 1) // BV):
         do_v = load_block(do, do_st, left, i_v * BV, C, BV, V)
         u_v = load_block(u, H * V, left, i_v * BV, C, BV, V)
-        dr_v = load_block(dr, H * V, left, i_v * BV, C, BV, V)
         dq0 = tl.dot(do_v, load_state(h, i_v * BV, 0, BV, KA, V, K), dq0)
         dq1 = tl.dot(do_v, load_state(h, i_v * BV, KA, BV, KB, V, K), dq1)
         do_u = tl.dot(do_v, tl.trans(u_v), do_u)
-        dr_u = tl.dot(dr_v, tl.trans(u_v), dr_u)
-    # One matrix after the other from here on, so that few are held at a time.
     r = tl.arange(0, C)
     i, j = r[:, None], r[None, :]
     G = tl.load(G_row + r)
-    dtype = q.dtype.element_ty
     inside = i >= j
     lower = tl.where(inside, exp_fp32(tl.where(inside, G[:, None] - G[None, :], 0.0)), 0.0)
-    dr_dot_u = tl.sum(tl.where(i == j, dr_u, 0.0), 1)
-    dN = tl.where(i > j, -lower * dr_u, 0.0)
-    tl.store(dN_out + i * C + j, dN.to(dtype))
-    dP = (do_u * lower * scale).to(dtype)
+    dP = (do_u * lower * scale).to(q.dtype.element_ty)
     tl.store(dP_out + i * C + j, dP)
     by_G = do_u * tl.load(P + i * C + j).to(tl.float32)
-    kk = tl.zeros([C, C], dtype=tl.float32)
-    for part in range((K + KB - 1) // KB):
-        k_part = load_block(k, Hk * K, left, part * KB, C, KB, K)
-        kk = tl.dot(k_part, tl.trans(k_part), kk)
-    by_G += dN * kk
     dG = tl.sum(by_G, 1) - tl.sum(by_G, 0)
     k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
     k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
@@ -240,12 +227,12 @@ def query_gradient(
         dq0, dq1 = unnormalised(dq0, dq1, q0, q1, tl.load(rstd + r))
     store_tile(dq, dq0, H * K, left, 0, C, KA, K)
     store_tile(dq, dq1, H * K, left, KA, C, KB, K)
-    return dG, dr_dot_u
+    return dG
 
 
 @triton.jit
 def key_gradient(
-    u, dr, h, ds, q, k, dP, dN, G_row, rstd, dk, left,
+    u, dr, h, ds, q, k, dP, D, G_row, rstd, dk, left,
     H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr,
 ):  # fmt: skip
@@ -279,17 +266,15 @@ def key_gradient(
     k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
     dG = tl.sum(k0 * (read0 - write0), 1) + tl.sum(k1 * (read1 - write1), 1)
     dG_end = tl.sum(k0 * write0) + tl.sum(k1 * write1) + exp_fp32(G_end) * tl.sum(h_ds0 + h_ds1)
-    plain, transposed = r[:, None] * C + r[None, :], r[None, :] * C + r[:, None]
     dk0, dk1 = write0 + read0, write1 + read1
-    # dP^T Q, then dN^T K: in a loop, since products in a chain are given to 8 warps another way, each row twice, and
-    # the sums go through shared memory from one way to the other and back.
+    # dP^T Q, then D K: in a loop, since products in a chain are given to 8 warps another way, each row twice, and the
+    # sums go through shared memory from one way to the other and back.
+    transposed = r[None, :] * C + r[:, None]
     for part in range(2):
-        scores = tl.load(tl.where(part == 0, dP, dN) + transposed)
+        scores = tl.load(tl.where(part == 0, dP, D) + transposed)
         x = tl.where(part == 0, q, k)
         dk0 = tl.dot(scores, load_tile(x, Hk * K, left, 0, C, KA, K), dk0)
         dk1 = tl.dot(scores, load_tile(x, Hk * K, left, KA, C, KB, K), dk1)
-    scores = tl.load(dN + plain)
-    dk0, dk1 = tl.dot(scores, k0, dk0), tl.dot(scores, k1, dk1)
     if L2NORM:
         dk0, dk1 = unnormalised(dk0, dk1, k0, k1, tl.load(rstd + r))
     store_tile(dk, dk0, H * K, left, 0, C, KA, K)
@@ -299,17 +284,15 @@ def key_gradient(
 
 @triton.jit(do_not_specialize=["T"])
 def query_gradient_kernel(
-    q_in, k_in, P_in, dP_out, dN_out, G_in, beta_in, u_in, h_in, do_in, dr_in, rstd_q, dq_out, db_out, dG_out,
-    bounds, chunk_doc, chunk_start, T, scale, do_sb, do_st, do_sh, db_sb, db_st,
+    q_in, k_in, P_in, dP_out, G_in, u_in, h_in, do_in, rstd_q, dq_out, dG_out,
+    bounds, chunk_doc, chunk_start, T, scale, do_sb, do_st, do_sh,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, PACKED: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q and b of one chunk and head; of G through scores and inverse; dP and dN [NC, H, C, C].
+    """Of one chunk and head: gradients of q and of G through scores and output; dP [NC, H, C, C].
 
-    dP and dN go to `key_gradient_kernel` through memory, which reads them transposed as well: as an operand a
-    transposed accumulator is wrong on Hopper (triton 3.6), and two launches hold few enough registers that two or
-    more chunks share a multiprocessor.
+    Needs nothing of the adjoint scan, and runs beside it. dP goes to `key_gradient_kernel` through memory, which reads
+    it transposed.
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -321,16 +304,63 @@ def query_gradient_kernel(
     Hk: tl.constexpr = H // GROUP
     r = tl.arange(0, C)
     chunk = i_c.to(tl.int64) * H + i_h
-    dG, dr_dot_u = query_gradient(
+    dG = query_gradient(
         do_in + b * do_sb + (bos + t0) * do_st + i_h.to(tl.int64) * do_sh, do_st,
-        u_in + (row * H + i_h) * V, dr_in + (row * H + i_h) * V, h_in + chunk * V * K,
+        u_in + (row * H + i_h) * V, h_in + chunk * V * K,
         q_in + (row * Hk + i_h // GROUP) * K, k_in + (row * Hk + i_h // GROUP) * K,
-        P_in + chunk * C * C, dP_out + chunk * C * C, dN_out + chunk * C * C, G_in + chunk * C,
+        P_in + chunk * C * C, dP_out + chunk * C * C, G_in + chunk * C,
         rstd_q + (i_c.to(tl.int64) * Hk + i_h // GROUP) * C, dq_out + (row * H + i_h) * K,
         left, scale, H, Hk, K, V, KA, KB, BV, C, L2NORM,
     )  # fmt: skip
     tl.store(dG_out + chunk * C + r, dG)
-    beta = tl.load(beta_in + chunk * C + r)
+
+
+@triton.jit(do_not_specialize=["T"])
+def inverse_gradient_kernel(
+    k_in, G_in, factors_in, u_in, dr_in, D_out, db_out, dG_inout, bounds, chunk_doc, chunk_start, T, db_sb, db_st,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    BETA_MAX: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Of one chunk and head: gradient of b; D = dN + dN^T [NC, H, C, C]; adds to that of G what comes through N.
+
+    D is symmetric. Its halves come from dR U^T and U dR^T, two products, because as an operand a transposed accumulator
+    is wrong on Hopper (triton 3.6); and it goes to `key_gradient_kernel` through memory, since that has no registers
+    left for it.
+    """
+    i_c = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
+    if t0 >= length:
+        return
+    left = length - t0
+    row = b * T + bos + t0
+    Hk: tl.constexpr = H // GROUP
+    chunk = i_c.to(tl.int64) * H + i_h
+    u = u_in + (row * H + i_h) * V
+    dr = dr_in + (row * H + i_h) * V
+    k = k_in + (row * Hk + i_h // GROUP) * K
+    dr_u = tl.zeros([C, C], dtype=tl.float32)
+    u_dr = tl.zeros([C, C], dtype=tl.float32)
+    for i_v in range((V + BV - 1) // BV):
+        u_v = load_block(u, H * V, left, i_v * BV, C, BV, V)
+        dr_v = load_block(dr, H * V, left, i_v * BV, C, BV, V)
+        dr_u = tl.dot(dr_v, tl.trans(u_v), dr_u)
+        u_dr = tl.dot(u_v, tl.trans(dr_v), u_dr)
+    r = tl.arange(0, C)
+    i, j = r[:, None], r[None, :]
+    G = tl.load(G_in + chunk * C + r)
+    # Every exponent is of a sum of g <= 0 between two tokens.
+    decay = exp_fp32(tl.where(i > j, G[:, None] - G[None, :], G[None, :] - G[:, None]))
+    D = tl.where(i == j, 0.0, -decay * tl.where(i > j, dr_u, u_dr))
+    store_state(D_out + chunk * C * C, D, 0, 0, C, C, C, C)
+    k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
+    k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
+    kk = tl.dot(k1, tl.trans(k1), tl.dot(k0, tl.trans(k0)))
+    dG = dG_inout + chunk * C + r
+    tl.store(dG, tl.load(dG) + tl.sum(tl.where(i > j, D, -D) * kk, 1))
+    dr_dot_u = tl.sum(tl.where(i == j, dr_u, 0.0), 1)
+    beta = tl.load(factors_in + chunk * C * 4 + r * 2 + 1)
     # sigmoid(b) = 0 exactly when b < -88: the limit of the gradient is 0 as well.
     db = (1.0 - beta / BETA_MAX) * tl.where(beta > 0.0, dr_dot_u / tl.where(beta > 0.0, beta, 1.0), 0.0)
     tl.store(db_out + b * db_sb + (bos + t0 + r) * db_st + i_h, db.to(db_out.dtype.element_ty), mask=r < left)
@@ -338,14 +368,14 @@ def query_gradient_kernel(
 
 @triton.jit(do_not_specialize=["T", "num_chunks"])
 def key_gradient_kernel(
-    q_in, k_in, dP_in, dN_in, G_in, dG_in, u_in, h_in, ds_in, dr_in, a_in, A_log, dt_bias, rstd_k,
+    q_in, k_in, dP_in, D_in, G_in, dG_in, u_in, h_in, ds_in, dr_in, a_in, A_log, dt_bias, rstd_k,
     dk_out, da_out, dA_out, ddt_out, bounds, chunk_doc, chunk_start, T, num_chunks, a_sb, a_st, da_sb, da_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k and a of one chunk and head; dA_log and ddt_bias chunk by chunk, [H, NC] fp32.
 
-    dG_in is G's gradient from `query_gradient_kernel`, which runs before.
+    dG_in is G's gradient from `query_gradient_kernel` and `inverse_gradient_kernel`, which run before.
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -363,7 +393,7 @@ def key_gradient_kernel(
     dG, dG_end = key_gradient(
         u_in + (row * H + i_h) * V, dr_in + (row * H + i_h) * V, h_in + chunk * V * K, ds_in + chunk * V * K,
         q_in + (row * Hk + i_h // GROUP) * K, k_in + (row * Hk + i_h // GROUP) * K,
-        dP_in + chunk * C * C, dN_in + chunk * C * C, G_in + chunk * C,
+        dP_in + chunk * C * C, D_in + chunk * C * C, G_in + chunk * C,
         rstd_k + (i_c.to(tl.int64) * Hk + i_h // GROUP) * C, dk_out + (row * H + i_h) * K,
         left, H, Hk, K, V, KA, KB, BV, C, L2NORM,
     )  # fmt: skip

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from megatron_hybrid.kernels.triton_tiles import (
-    exp_fp32,
     load_block,
+    load_pair,
     load_state,
     load_state_fp32,
     load_tile,
@@ -27,8 +27,8 @@ from megatron_hybrid.kernels.triton_tiles import (
 
 @triton.jit(do_not_specialize=["T"])
 def scan_kernel(
-    q_in, k_in, v_in, Tb_in, P_in, G_in, beta_in, initial, o_out, h_out, u_out, every_out, final,
-    bounds, chunk_start, seg_doc, seg_start, T, scale, v_sb, v_st, v_sh,
+    q_in, k_in, v_in, Tb_in, P_in, factors_in, initial, o_out, h_out, u_out, every_out, final,
+    bounds, chunk_start, seg_doc, seg_start, T, v_sb, v_st, v_sh,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SEGMENT: tl.constexpr, EVERY: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr,
@@ -99,15 +99,15 @@ def scan_kernel(
     h = h_out + chunk * V * K
     square = chunk * C * C + r[:, None] * C + r[None, :]
     Tb_row, P_row = Tb_in + square, P_in + square
-    G_row = G_in + chunk * C
-    beta_row = beta_in + chunk * C
+    factors = factors_in + chunk * C * 4
+    decay = -tl.load(factors + (C - 1) * 2, mask=num_chunks > 0, other=0.0)  # ahead by hand: alone it is not pipelined
     for c in range(num_chunks):
         left = length - start - c * C
+        next_decay = tl.load(factors + H * C * 4 + (C - 1) * 2, mask=c + 1 < num_chunks, other=0.0)
         k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
         k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
         Tb = tl.load(Tb_row)
-        G = tl.load(G_row + r)
-        G_end = tl.load(G_row + C - 1)
+        minus_gam, beta = load_pair(factors, C)
         s0_low, s1_low = s0.to(dtype), s1.to(dtype)
         if STATES:
             store_state(h, s0_low, col, 0, BV, KA, V, K)
@@ -117,24 +117,24 @@ def scan_kernel(
             store_state(saved, s0, col, 0, BV, KA, V, K)
             store_state(saved, s1, col, KA, BV, KB, V, K)
         from_state = tl.dot(s1_low, tl.trans(k1), tl.dot(s0_low, tl.trans(k0)))
-        from_state = (from_state * -exp_fp32(G)[None, :]).to(dtype)
+        from_state = (from_state * minus_gam[None, :]).to(dtype)
         if MAP:
             u = tl.dot(from_state, tl.trans(Tb))
         else:
             # v goes to the matrix unit from shared memory: transposing it in registers kept its load from being ahead.
             v_c = load_block(v, v_st, left, col, C, BV, V)
             u = tl.dot(from_state, tl.trans(Tb), tl.dot(tl.trans(v_c), tl.trans(Tb)))
-        u *= tl.load(beta_row + r)[None, :]
+        u *= beta[None, :]
+        dec, from_out = load_pair(factors + C * 2, C)
         if VALUES:
             store_columns(u_row, u, H * V, left, col, C, BV, V)
         if OUT:
             q0 = load_tile(q, Hk * K, left, 0, C, KA, K)
             q1 = load_tile(q, Hk * K, left, KA, C, KB, K)
             o = tl.dot(s1_low, tl.trans(q1), tl.dot(s0_low, tl.trans(q0)))
-            o = tl.dot(u.to(dtype), tl.trans(tl.load(P_row)), o * (scale * exp_fp32(G))[None, :])
+            o = tl.dot(u.to(dtype), tl.trans(tl.load(P_row)), o * from_out[None, :])
             store_columns(o_row, o, H * V, left, col, C, BV, V)
-        written = (u * exp_fp32(G_end - G)[None, :]).to(dtype)
-        decay = exp_fp32(G_end)
+        written = (u * dec[None, :]).to(dtype)
         s0 = tl.dot(written, k0, s0 * decay)
         s1 = tl.dot(written, k1, s1 * decay)
         q += C * Hk * K
@@ -145,8 +145,8 @@ def scan_kernel(
         h += H * V * K
         Tb_row += H * C * C
         P_row += H * C * C
-        G_row += H * C
-        beta_row += H * C
+        factors += H * C * 4
+        decay = -next_decay
     if FINAL:
         store_state_fp32(final + state, s0, col, 0, BV, KA, V, K)
         store_state_fp32(final + state, s1, col, KA, BV, KB, V, K)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,10 @@ import triton
 from torch import Tensor
 
 from megatron_hybrid.kernels.configs import launch_for
+from megatron_hybrid.kernels.streams import beside
 from megatron_hybrid.kernels.triton_backward import (
     adjoint_scan_kernel,
+    inverse_gradient_kernel,
     key_gradient_kernel,
     norm_backward_kernel,
     query_gradient_kernel,
@@ -21,8 +24,8 @@ from megatron_hybrid.kernels.triton_prepare import conv_kernel, diagonal_kernel,
 from megatron_hybrid.kernels.triton_tiles import CHUNK, Layout, make_layout, split_dim
 
 TAPS = 4  #: width of the short convolution inside the kernels; narrower ones are padded with zero taps
-#: Of the products that merge diagonal inverses: 16 into 32 (a warp's own, nearly free) and 32 into 64.
-DIAGONAL_PRECISION, MERGE_PRECISION = "tf32x3", "tf32"
+#: Of the products that merge diagonal inverses, 16 into 32: a warp's own, nearly free.
+DIAGONAL_PRECISION = "tf32x3"
 
 
 class Options(NamedTuple):
@@ -96,10 +99,10 @@ class Conv(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """What only the forward computes: G, beta [NC, H, C] fp32 and Tb [NC, H, C, C]."""
+    """What only the forward computes: G [NC, H, C], factors [NC, H, 2, C, 2] (`prepare_kernel`) fp32, Tb [NC, H, C, C]."""
 
     G: Tensor
-    beta: Tensor
+    factors: Tensor
     Tb: Tensor
 
 
@@ -187,18 +190,19 @@ def prepare(
     if solved is None:
         solved = Solved(
             q.new_empty(NC, H, CHUNK, dtype=torch.float32),
-            q.new_empty(NC, H, CHUNK, dtype=torch.float32),
+            q.new_empty(NC, H, 2, CHUNK, 2, dtype=torch.float32),
             q.new_empty(NC, H, CHUNK, CHUNK),
         )
-        diagonal = q.new_empty(NC, H, 2, 32, 32, dtype=torch.float32)
+        merged_in = torch.float32 if q.dtype == torch.float32 else torch.float16  # fp32: the interpreter's
+        diagonal = q.new_empty(NC, H, 2, 32, 32, dtype=merged_in)
         launch = launch_for("diagonal", K, V)
         without_v = {name: size for name, size in common.items() if name != "V"}
         diagonal_kernel[(NC * H * 2,)](k, *gates, diagonal, **without_v, PRECISION=DIAGONAL_PRECISION, **launch.options)
-    launch = launch_for("prepare", K, V)
+    launch = launch_for("prepare_normalising" if normalise else "prepare", K, V)
     prepare_kernel[(NC * H,)](
         q, k, *gates, diagonal, made.q, made.k, made.scaled_q, rstd_q, rstd_k, *solved, made.P,
         **common, **strides(q=q), scale=options.scale, SOLVE=solve, SCORES=with_scores, SCALED=scaled,
-        PRECISION=MERGE_PRECISION, **launch.options,
+        **launch.options,
     )  # fmt: skip
     return v, made, solved
 
@@ -211,7 +215,7 @@ def score(problem: Problem, made: Prepared, solved: Solved, gates: Gates) -> Non
         q, k, *gates, q, q, k, q, made.rstd_q, made.rstd_k, *solved, made.P,
         **problem.tables, **strides(q=q, k=k, a=gates.a, b=gates.b), **problem.sizes, T=problem.T,
         scale=options.scale, eps=options.l2norm_eps, L2NORM=False, BETA_MAX=options.beta_max,
-        SOLVE=False, SCORES=True, SCALED=False, PRECISION=MERGE_PRECISION, **launch.options,
+        SOLVE=False, SCORES=True, SCALED=False, **launch.options,
     )  # fmt: skip
 
 
@@ -224,8 +228,8 @@ def summary(problem: Problem, made: Prepared, solved: Solved, v: Tensor) -> tupl
         final = torch.empty(layout.N, H, K, columns, dtype=torch.float32, device=made.k.device)
         k, nothing = made.k, final
         scan_kernel[(layout.N * H * triton.cdiv(columns, launch.block),)](
-            k, k, v, solved.Tb, solved.Tb, solved.G, solved.beta, nothing, k, k, k, nothing, final,
-            layout.bounds, layout.chunk_start, layout.chunk_doc, layout.chunk_start, T, 1.0, **strides(v=v),
+            k, k, v, solved.Tb, solved.Tb, solved.factors, nothing, k, k, k, nothing, final,
+            layout.bounds, layout.chunk_start, layout.chunk_doc, layout.chunk_start, T, **strides(v=v),
             **(problem.sizes | {"V": columns}), BV=launch.block, SEGMENT=0, EVERY=0, INITIAL=False, FINAL=True,
             OUT=False, STATES=False, VALUES=False, MAP=is_map, **launch.options,
         )  # fmt: skip
@@ -269,9 +273,9 @@ def scan(
     programs = where.num_chunks if in_pieces else layout.N
     launch = launch_for("scan_again" if whole else "scan", K, V)
     scan_kernel[(programs * H * triton.cdiv(V, launch.block),)](
-        made.q, k, v, solved.Tb, made.P, solved.G, solved.beta,
+        made.q, k, v, solved.Tb, made.P, solved.factors,
         *(k if x is None else x for x in (initial, o, h, u, kept, final)),
-        layout.bounds, layout.chunk_start, where.chunk_doc, where.chunk_start, T, options.scale, **strides(v=v),
+        layout.bounds, layout.chunk_start, where.chunk_doc, where.chunk_start, T, **strides(v=v),
         **problem.sizes, BV=launch.block, SEGMENT=every if in_pieces else 0,
         EVERY=every if every > 1 and not is_again else 0,
         INITIAL=initial is not None, FINAL=want_final, OUT=o is not None, STATES=write_states, VALUES=whole,
@@ -319,24 +323,57 @@ class Adjoint(NamedTuple):
 
 def adjoint_scan(
     problem: Problem, made: Prepared, solved: Solved, do: Tensor, dfinal: Tensor | None, want_dinitial: bool,
-    store: bool = True,
+    store: bool = True, where: AbstractContextManager[object] | None = None,
 ) -> Adjoint:  # fmt: skip
     """Gradients of the states, last chunk first. do [B, T, H, V] of any strides but the last.
 
-    store false: dinitial alone; ds and dr are left empty.
+    store false: dinitial alone; ds and dr are left empty. where: the stream to run on.
     """
     B, T, _Hk, H, K, V, _options, layout, _ = problem
     ds = made.k.new_empty(layout.num_chunks if store else 0, H, V, K)
     dr = made.k.new_empty(B, T if store else 0, H, V)
     dinitial = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=ds.device) if want_dinitial else None
     launch = launch_for("adjoint_scan", K, V)
-    adjoint_scan_kernel[(layout.N * H * triton.cdiv(V, launch.block),)](
-        made.scaled_q, made.k, solved.Tb, made.P, solved.G, solved.beta, do, ds if dfinal is None else dfinal, ds, dr,
-        ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, **strides(do=do),
-        **problem.sizes, BV=launch.block, DFINAL=dfinal is not None, DINITIAL=want_dinitial, STORE=store,
-        **launch.options,
-    )  # fmt: skip
+    with where or nullcontext():
+        adjoint_scan_kernel[(layout.N * H * triton.cdiv(V, launch.block),)](
+            made.scaled_q, made.k, solved.Tb, made.P, solved.factors, do, ds if dfinal is None else dfinal, ds,
+            dr, ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, **strides(do=do),
+            **problem.sizes, BV=launch.block, DFINAL=dfinal is not None, DINITIAL=want_dinitial, STORE=store,
+            **launch.options,
+        )  # fmt: skip
     return Adjoint(ds, dr, dinitial)
+
+
+class QueryGradient(NamedTuple):
+    """dq [B, T, H, K] before normalisation, dP [NC, H, C, C], gradient of G [NC, H, C] fp32 so far."""
+
+    dq: Tensor
+    dP: Tensor
+    dG: Tensor
+
+
+def query_gradient(problem: Problem, made: Prepared, solved: Solved, states: Scanned, do: Tensor) -> QueryGradient:
+    """What needs all V columns of a chunk but nothing of the adjoint scan."""
+    B, T, _Hk, H, K, V, options, layout, _ = problem
+    out = QueryGradient(made.q.new_empty(B, T, H, K), torch.empty_like(made.P), torch.empty_like(solved.G))
+    launch = launch_for("query_gradient", K, V)
+    query_gradient_kernel[(layout.num_chunks * H,)](
+        made.q, made.k, made.P, out.dP, solved.G, states.u, states.h, do, made.rstd_q, out.dq, out.dG,
+        **problem.tables, T=T, scale=options.scale, **strides(do=do), **problem.sizes, BV=launch.block,
+        L2NORM=options.qk_l2norm, **launch.options,
+    )  # fmt: skip
+    return out
+
+
+def adjoint_and_query(
+    problem: Problem, made: Prepared, solved: Solved, states: Scanned, do: Tensor, dfinal: Tensor | None,
+    want_dinitial: bool,
+) -> tuple[Adjoint, QueryGradient]:  # fmt: skip
+    """Both side by side: the scan has too few programs for all multiprocessors, and they wait for one another."""
+    with beside(do) as second:
+        adjoint = adjoint_scan(problem, made, solved, do, dfinal, want_dinitial, where=second)
+        query = query_gradient(problem, made, solved, states, do)
+    return adjoint, query
 
 
 class QKGradients(NamedTuple):
@@ -349,24 +386,23 @@ class QKGradients(NamedTuple):
 
 
 def gradients(
-    problem: Problem, made: Prepared, solved: Solved, states: Scanned, adjoint: Adjoint, do: Tensor, gates: Gates,
-    da: Tensor, db: Tensor,
+    problem: Problem, made: Prepared, solved: Solved, states: Scanned, adjoint: Adjoint, query: QueryGradient,
+    gates: Gates, da: Tensor, db: Tensor,
 ) -> QKGradients:  # fmt: skip
-    """Everything that needs all V columns of a chunk; da and db [B, T, H] are written in place."""
-    B, T, Hk, H, K, V, options, layout, _ = problem
-    dq, dk = made.q.new_empty(B, T, H, K), made.k.new_empty(B, T, H, K)
+    """Everything else that needs all V columns of a chunk; da and db [B, T, H] are written in place."""
+    _B, T, Hk, H, K, V, options, layout, _ = problem
+    dq, dk = query.dq, torch.empty_like(query.dq)
     partial = torch.empty(2, H, layout.num_chunks, dtype=torch.float32, device=dq.device)
-    dP, dN, dG = torch.empty_like(made.P), torch.empty_like(made.P), torch.empty_like(solved.G)
     grid = (layout.num_chunks * H,)
-    launch = launch_for("query_gradient", K, V)
-    query_gradient_kernel[grid](
-        made.q, made.k, made.P, dP, dN, solved.G, solved.beta, states.u, states.h, do, adjoint.dr, made.rstd_q, dq, db,
-        dG, **problem.tables, T=T, scale=options.scale, **strides(do=do, db=db), **problem.sizes, BV=launch.block,
-        L2NORM=options.qk_l2norm, BETA_MAX=options.beta_max, **launch.options,
+    D = torch.empty_like(query.dP)
+    launch = launch_for("inverse_gradient", K, V)
+    inverse_gradient_kernel[grid](
+        made.k, solved.G, solved.factors, states.u, adjoint.dr, D, db, query.dG,
+        **problem.tables, T=T, **strides(db=db), **problem.sizes, BV=launch.block, BETA_MAX=options.beta_max, **launch.options,
     )  # fmt: skip
     launch = launch_for("key_gradient", K, V)
     key_gradient_kernel[grid](
-        made.q, made.k, dP, dN, solved.G, dG, states.u, states.h, adjoint.ds, adjoint.dr,
+        made.q, made.k, query.dP, D, solved.G, query.dG, states.u, states.h, adjoint.ds, adjoint.dr,
         gates.a, gates.A_log, gates.dt_bias, made.rstd_k, dk, da, *partial,
         **problem.tables, T=T, num_chunks=layout.num_chunks, **strides(a=gates.a, da=da), **problem.sizes,
         BV=launch.block, L2NORM=options.qk_l2norm, **launch.options,

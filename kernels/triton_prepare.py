@@ -22,6 +22,7 @@ from megatron_hybrid.kernels.triton_tiles import (
     locate_chunk,
     sigmoid_fp32,
     softplus_fp32,
+    store_pair,
     store_state,
     store_tile,
 )
@@ -152,7 +153,8 @@ def diagonal_kernel(
     """Inverse of one 32 x 32 diagonal block of I + N diag(beta), for one warp: nothing here waits for another warp.
 
     Forward substitution in two 16 x 16 blocks, then their merge. A Neumann series over the whole chunk would overflow
-    for correlated keys with beta near 2. diagonal_out is [NC, H, 2, 32, 32] fp32.
+    for correlated keys with beta near 2. diagonal_out is [NC, H, 2, 32, 32], fp16 for
+    16-bit inputs.
     """
     half = tl.program_id(0) % 2
     i_h = (tl.program_id(0) // 2) % H
@@ -191,23 +193,24 @@ def diagonal_kernel(
     X00, X11 = inverse_16(A00), inverse_16(A11)
     X10 = -tl.dot(X11, tl.dot(A10, X00, input_precision=PRECISION), input_precision=PRECISION)
     out = diagonal_out + ((i_c.to(tl.int64) * H + i_h) * 2 + half) * 1024 + i[:, None] * 32 + i[None, :]
-    tl.store(out, X00)
-    tl.store(out + 16, tl.zeros([16, 16], dtype=tl.float32))
-    tl.store(out + 512, X10)
-    tl.store(out + 528, X11)
+    element = diagonal_out.dtype.element_ty
+    tl.store(out, X00.to(element))
+    tl.store(out + 16, tl.zeros([16, 16], dtype=element))
+    tl.store(out + 512, X10.to(element))
+    tl.store(out + 528, X11.to(element))
 
 
 @triton.jit(do_not_specialize=["T"])
 def prepare_kernel(
     q_in, k_in, a_in, b_in, A_log, dt_bias, diagonal_in,
-    q_out, k_out, scaled_out, rstd_q, rstd_k, G_out, beta_out, Tb_out, P_out,
+    q_out, k_out, scaled_out, rstd_q, rstd_k, G_out, factors_out, Tb_out, P_out,
     bounds, chunk_doc, chunk_start, T, scale, eps, q_sb, q_st, q_sh, k_sb, k_st, k_sh, a_sb, a_st, b_sb, b_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr,
     L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, SOLVE: tl.constexpr, SCORES: tl.constexpr, SCALED: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk of one value head: SOLVE writes G, beta and Tb, SCORES P, SCALED scale exp(G) q.
+    """Of one chunk of one value head: SOLVE writes G, the scans' factors and Tb, SCORES P, SCALED scale exp(G) q.
 
     L2NORM reads raw q and k where the projection left them, and writes them normalised as [B * T, Hk, K] rows.
     """
@@ -248,8 +251,11 @@ def prepare_kernel(
         bb = b_in + b * b_sb + (bos + t0) * b_st + i_h
         g, beta = gate_and_strength(a, bb, a_st, b_st, A_log, dt_bias, 0, left, i_h, C, BETA_MAX)
         G = tl.cumsum(g, 0)
+        G_end = tl.sum(tl.where(r == C - 1, G, 0.0))
+        gam = exp_fp32(G)
         tl.store(G_out + chunk * C + r, G)
-        tl.store(beta_out + chunk * C + r, beta)
+        store_pair(factors_out + chunk * C * 4, -gam, beta, C)
+        store_pair(factors_out + chunk * C * 4 + C * 2, exp_fp32(G_end - G), scale * gam, C)
     else:
         G = tl.load(G_out + chunk * C + r)
     if SCALED:
@@ -264,8 +270,9 @@ def prepare_kernel(
         store_state(P_out + chunk * C * C, P * decay * scale, 0, 0, C, C, C, C)
     if SOLVE:
         M = (tl.dot(k0, tl.trans(k0)) + tl.dot(k1, tl.trans(k1))) * decay * beta[None, :]
-        M = tl.where(i // 32 > j // 32, M, 0.0)
+        # In fp16, which is as fine as tf32 and takes half the shared memory; |X_ij| and |M_ij| are at most 2.
+        M = tl.where(i // 32 > j // 32, M, 0.0).to(diagonal_in.dtype.element_ty)
         blocks = diagonal_in + chunk * 2048 + i * 32 + j % 32
         X = tl.load(blocks, mask=i // 32 == j // 32, other=0.0)
-        X -= tl.dot(tl.dot(X, M, input_precision=PRECISION), X, input_precision=PRECISION)
+        X = X.to(tl.float32) - tl.dot(tl.dot(X, M).to(X.dtype), X)
         store_state(Tb_out + chunk * C * C, X, 0, 0, C, C, C, C)

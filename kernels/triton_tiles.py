@@ -182,6 +182,32 @@ def store_state_fp32(
     tl.store(base + c[None, :] * V + v[:, None], x, mask=mask)
 
 
+# The scans take four numbers of each token, made once by the prepare kernel, two and two: C numbers by themselves would be
+# fetched by every thread of a product for itself, 2 C are more than there are threads, and each fetches one.
+
+
+@triton.jit
+def load_pair(rows, C: tl.constexpr):
+    """Two vectors [C] fp32 from [C, 2] at rows."""
+    return tl.split(tl.load(rows + tl.arange(0, C)[:, None] * 2 + tl.arange(0, 2)[None, :]))
+
+
+@triton.jit
+def load_pairs(rows, C: tl.constexpr):
+    """Four vectors [C] fp32 from [2, C, 2] at rows, in the order of `load_pair` there and C rows on."""
+    t, pair, i = tl.arange(0, C)[:, None, None], tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :]
+    first, second = tl.split(tl.load(rows + pair * (2 * C) + t * 2 + i))
+    x0, x2 = tl.split(first)
+    x1, x3 = tl.split(second)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def store_pair(rows, x, y, C: tl.constexpr):
+    """The inverse of load_pair."""
+    tl.store(rows + tl.arange(0, C)[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(x, y))
+
+
 if triton.knobs.runtime.interpret:
 
     @triton.jit
