@@ -2,9 +2,11 @@
 
     python -m pytest -m gpu -s tests/parallel/test_split_gpu.py
 
-On two GPUs or four, with Transformer Engine and the Triton kernels, over NCCL, in one process a GPU that goes through all
-layouts. What is compared and what is allowed: `tests/parallel/split/judge.py`. MEGATRON_HYBRID_SPLIT_TABLE=FILE.md keeps
-the table, and every number in FILE.json; MEGATRON_HYBRID_SPLIT_BUDGET_S (540) ends what takes longer.
+On two GPUs or four, with Transformer Engine and the Triton kernels, over NCCL, in one process a GPU that goes through
+all layouts. What is compared and what is allowed: `tests/parallel/split/judge.py`.
+
+MEGATRON_HYBRID_SPLIT_TABLE=FILE.md keeps the table, and every number in FILE.json; MEGATRON_HYBRID_SPLIT_BUDGET_S (540)
+ends what takes longer.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ LAYOUTS = (
     Layout("TP 4, SP, heads padded", tp=4),
 )
 
-#: Flags of each beside --bf16, but for fp32. FP8 parameters under DP alone: they are refused where heads are padded, and what is new in them is
-#: the distributed optimizer's, which gathers them in FP8.
+#: Flags of each beside --bf16, but for fp32. FP8 parameters under DP alone: they are refused where heads are padded,
+#: and what is new in them is the distributed optimizer's, which gathers them in FP8.
 RECIPES: dict[str, tuple[str, ...]] = {
     "fp32": (),
     "bf16": (),
@@ -60,7 +60,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
 IN_FP8 = (*FP8, "FP8 parameters")
 
 _RUN = words(
-    "--mock-data --tokenizer-type NullTokenizer --num-layers 4 --train-iters 100 --lr 1e-3 --min-lr 1e-3 "
+    "--mock-data --tokenizer-type NullTokenizer --num-layers 4 --train-iters 100 --lr 3e-4 --min-lr 3e-4 "
     "--lr-warmup-iters 0 --no-skip-step --no-log-health --use-distributed-optimizer --micro-batch-size 1 "
     "--global-batch-size 4"
 )
@@ -84,6 +84,10 @@ CPU_MODEL = (
 )
 
 
+#: `Job.broken` where rank 1 fails and the others wait for it.
+ONE_RANK_FAILS = "rank 1 fails alone"
+
+
 @dataclass(frozen=True)
 class Job:
     """Cells of one layout, one after another in one set of process groups.
@@ -105,6 +109,7 @@ class Plan:
     device: `cuda`, one process a GPU over NCCL, or `cpu`, over gloo.
     steps: optimizer steps after the gradients are measured.
     cell_limit_s: a process that has been in one cell for longer hangs. The first pays for compiling the kernels.
+    grace_s: after one rank of a cell failed, the others have so long to come to an end too.
     """
 
     device: str
@@ -113,6 +118,7 @@ class Plan:
     jobs: tuple[Job, ...]
     steps: int = 5
     cell_limit_s: float = 120.0
+    grace_s: float = 15.0
 
     def as_data(self) -> dict[str, Any]:
         return asdict(self)
@@ -161,8 +167,7 @@ def schedule(processes: int, recipes: Sequence[str], layouts: Sequence[Layout] =
 
     All processes go through the jobs in this order, so that those which share one always come together.
     """
-    alone = [recipe for recipe in recipes]
-    jobs = [Job(ONE, (recipe,), (place % processes,)) for place, recipe in enumerate(alone)]
+    jobs = [Job(ONE, (recipe,), (place % processes,)) for place, recipe in enumerate(recipes)]
     everywhere = tuple(recipe for recipe in recipes if recipe != "FP8 parameters")
     fitting = [layout for layout in layouts if layout.ranks <= processes]
     lanes = {size: processes // size for size in {layout.ranks for layout in fitting}}

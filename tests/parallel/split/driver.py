@@ -17,8 +17,6 @@ import torch
 from tests.parallel.split.cells import Cell, Job, Outcome, Plan, cells_of
 
 ROOT = Path(__file__).parents[3]
-#: After one rank of a cell failed, the others have so long to come to an end too.
-GRACE_S = 15.0
 #: A cell that was being run when its processes were ended is tried so often.
 TRIES = 2
 
@@ -42,9 +40,7 @@ class Driver:
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan, self.folder = plan, folder
-        self.left: list[tuple[Job, Cell]] = [
-            (job, cell) for job in plan.jobs for cell in cells_of([job])
-        ]
+        self.left: list[tuple[Job, Cell]] = [(job, cell) for job in plan.jobs for cell in cells_of([job])]
         self.tries: dict[Cell, int] = {}
         self.generation = 0
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -66,9 +62,10 @@ class Driver:
             file.unlink()
         used = sorted({place for job in jobs for place in job.processes})
         self.places, self.processes = used, []
+        worker = [sys.executable, "-m", "tests.parallel.split.worker", str(self.folder)]
         for place in used:
             with (self.folder / f"log_{self.generation}_{place}").open("w") as log:
-                command = [sys.executable, "-m", "tests.parallel.split.worker", str(self.folder), str(place)]
+                command = [*worker, str(place), self.plan.device]
                 self.processes.append(
                     subprocess.Popen(command, stdout=log, stderr=log, env=environment(self.plan.device), cwd=ROOT)
                 )
@@ -114,12 +111,13 @@ class Driver:
         found = []
         for job, cell in self.left:
             here = [self.folder / f"now_{place}" for place in job.processes]
-            if all(now.exists() and Cell(*json.loads(now.read_text())) == cell for now in here):
-                if time.time() - max(now.stat().st_mtime for now in here) > self.plan.cell_limit_s:
-                    found.append(cell)
+            if not all(now.exists() and Cell(*json.loads(now.read_text())) == cell for now in here):
+                continue  # some are not there yet
+            if time.time() - max(now.stat().st_mtime for now in here) > self.plan.cell_limit_s:
+                found.append(cell)
             statuses = [self.folder / f"{cell.file}.{rank}.status" for rank in range(job.layout.ranks)]
             failed = [s for s in statuses if s.exists() and s.read_text()]
-            if failed and time.time() - max(s.stat().st_mtime for s in failed) > GRACE_S:
+            if failed and time.time() - max(s.stat().st_mtime for s in failed) > self.plan.grace_s:
                 found.append(cell)
         return list(dict.fromkeys(found))
 
@@ -135,8 +133,8 @@ class Driver:
         self._end()
         self._collect()
         for job, cell in list(self.left):
-            if cell not in running and cell not in hung:
-                continue
+            if cell not in hung and not (cell in running and set(dead) & set(job.processes)):
+                continue  # its processes were ended for others' sake
             self.tries[cell] = self.tries.get(cell, 0) + 1
             said = [
                 f"rank {rank}: {status.read_text()}"
@@ -180,10 +178,13 @@ def run(drivers: Sequence[Driver], budget_s: float, each: Callable[[Cell, Outcom
     """All of them side by side; `each` is called with what a cell gave as soon as it is there."""
     deadline = time.monotonic() + budget_s
     try:
-        while any([driver.poll() for driver in drivers]) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            going_on = [driver.poll() for driver in drivers]
             for driver in drivers:
                 for cell, outcome in driver.take():
                     each(cell, outcome)
+            if not any(going_on):
+                break
             time.sleep(0.05)
     finally:
         for driver in drivers:

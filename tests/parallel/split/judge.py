@@ -34,8 +34,6 @@ SIGMAS = 3.0
 TOLERANCE = 1e-2
 #: Of the largest difference of losses that bf16 shows, as coarse as the recipe is.
 STEP_RATIO = 2.0
-#: GEMMs of four layers: two of the mixer, two of the MLP.
-MODULES_IN_FP8 = 16
 
 
 @dataclass
@@ -89,6 +87,9 @@ class Judge:
                 grads = tiny.assemble([found["grads"] for found in outcome.found])
             except AssertionError as error:
                 self.errors.append(Row(cell.layout, cell.recipe, f"gradients: {error}"))
+                return
+            if found := _not_in_fp8(cell.recipe, outcome):
+                self.errors.append(Row(cell.layout, cell.recipe, "; ".join(found)))
                 return
             self.alone[cell.recipe] = (grads, outcome.found[0])
             if cell.recipe == "fp32":
@@ -146,9 +147,7 @@ class Judge:
             found.append(f"gradients {_ratio(row.distance, row.distance_of_one):.2f} times as far from fp32")
         if not row.worst <= 1:
             found.append(f"gradient of {row.worst_tensor}")
-        in_fp8 = len({name for rank in outcome.found for name in rank["fp8"] if "weight" not in name})
-        if row.recipe in IN_FP8 and not in_fp8:
-            found.append("no module computed in FP8")
+        found += _not_in_fp8(row.recipe, outcome)
         return found
 
     def rows(self) -> list[Row]:
@@ -169,6 +168,16 @@ class Judge:
         if row.recipe not in IN_FP8 and row.recipe != "rounded":
             return _furthest(one, self.exact_losses)
         return STEP_RATIO * bf16 * row.distance_of_one / self._distance(self.alone["bf16"][0])
+
+
+def _not_in_fp8(recipe: str, outcome: Outcome) -> list[str]:
+    """What should have been in FP8 and was not, on any rank. Of one process too: all would be compared with bf16."""
+    found = []
+    for counts in (rank["fp8"] for rank in outcome.found):
+        for what, wanted in (("in FP8", recipe in IN_FP8), ("FP8 weights", recipe == "FP8 parameters")):
+            if counts[what] != counts["linears"] * wanted:
+                found.append(f"{what}: {counts[what]} of {counts['linears']} linears")
+    return list(dict.fromkeys(found))
 
 
 def _furthest(losses: list[float], others: list[float]) -> float:

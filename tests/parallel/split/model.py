@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_hybrid.model import OlmoHybridModel
 from megatron_hybrid.tools.gpu_bench import harness
+from megatron_hybrid.tools.gpu_bench.rounding import IN_FP8
 from megatron_hybrid.training.loss import forward_step
 from tests.parallel.split import emulated
 from tests.parallel.split.cells import RECIPES, Layout
@@ -59,6 +60,45 @@ def placed(entry: Any, tensor: torch.Tensor) -> Any:
     return replace(entry, data=tensor, dtype=tensor.dtype)
 
 
+@torch.no_grad()
+def fill(whole: OlmoHybridModel) -> None:
+    """Give every parameter its part of `weight`. Before an optimizer takes its masters from them."""
+
+    def cut(part: Any) -> torch.Tensor:
+        if not isinstance(part, ShardedTensor):
+            return part.unwrap()  # padding and nothing else
+        window = zip(part.global_offset, part.local_shape, strict=True)
+        return weight(part.key, tuple(part.global_shape))[tuple(slice(o, o + n) for o, n in window)]
+
+    state = sharded(whole)
+    for name, param in whole.named_parameters():
+        values: Any = dict_list_map_outplace(cut, placed(state[name], torch.zeros(param.shape)))
+        if isinstance(state[name], ShardedTensorFactory):
+            values = state[name].merge_fn(values)
+        values = values.to(param.device, param.dtype)
+        param.copy_(values)
+        if (
+            getattr(param, "_high_precision_init_val", None) is not None
+        ):  # what Megatron makes an FP8 weight's master of
+            param._high_precision_init_val = values.cpu()
+
+
+def parts(whole: OlmoHybridModel, tensors: dict[str, torch.Tensor]) -> Parts:
+    """{checkpoint key: this rank's parts} of tensors that belong to its parameters, in fp32 on the CPU."""
+    state, found = sharded(whole), Parts()
+    for name, tensor in tensors.items():
+        for part in nested_values({"": placed(state[name], tensor.detach().float().cpu())}):
+            if isinstance(part, ShardedTensor):
+                where = (tuple(part.global_offset), tuple(part.global_shape))
+                found.setdefault(part.key, []).append((*where, part.data.clone()))
+    return found
+
+
+def sharded(whole: OlmoHybridModel) -> dict[str, Any]:
+    found: dict[str, Any] = whole.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    return found
+
+
 class Model(harness.Trained):
     """A model of parsed arguments in any layout, stepped as Megatron's trainer steps it."""
 
@@ -72,33 +112,9 @@ class Model(harness.Trained):
         self.whole = next(module for module in self.model[0].modules() if isinstance(module, OlmoHybridModel))
         if recipe == "rounded":
             emulated.round_operands(self.whole)
-        self._fill()
+        fill(self.whole)
         self.optimizer = self._optimizer()
         self.config.grad_scale_func = self.optimizer.scale_loss
-
-    @torch.no_grad()
-    def _fill(self) -> None:
-        """Before the optimizer takes its masters from the weights."""
-        state = self._sharded()
-        for name, param in self.whole.named_parameters():
-            entry = state[name]
-
-            def cut(part: Any) -> Any:
-                if not isinstance(part, ShardedTensor):
-                    return part.unwrap()  # padding and nothing else
-                window = zip(part.global_offset, part.local_shape, strict=True)
-                return weight(part.key, tuple(part.global_shape))[tuple(slice(o, o + n) for o, n in window)]
-
-            values: Any = dict_list_map_outplace(cut, placed(entry, torch.zeros(param.shape)))
-            if isinstance(entry, ShardedTensorFactory):
-                values = entry.merge_fn(values)
-            param.copy_(values.to(param.device, torch.bfloat16 if param.dtype == torch.bfloat16 else torch.float32))
-            if getattr(param, "_high_precision_init_val", None) is not None:  # Megatron makes an FP8 weight's master of it
-                param._high_precision_init_val = values.to(torch.bfloat16)
-
-    def _sharded(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.whole.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-        return found
 
     def batch(self) -> Iterator[dict[str, torch.Tensor]]:
         """This data-parallel rank's microbatches of the one global batch. They count unequal numbers of tokens."""
@@ -137,36 +153,29 @@ class Model(harness.Trained):
         return total[0] / total[1]
 
     def gradients(self) -> Parts:
-        """{checkpoint key: this rank's parts} of `main_grad`, in fp32 on the CPU."""
+        """Of `main_grad`, whole again on every rank that holds the parameter."""
         for chunk in self.model:
             for buffer in chunk.buffers:  # the distributed optimizer left each rank its shard of the sums
                 group = buffer.data_parallel_group
                 for bucket in buffer.buckets:
                     shards = bucket.grad_data.chunk(group.size())
                     dist.all_gather([*shards], shards[group.rank()].clone(), group=group)
-        state, found = self._sharded(), Parts()
-        for name, param in self.whole.named_parameters():
-            built = placed(state[name], param.main_grad.detach().float().cpu())
-            for part in nested_values({"": built}):
-                if isinstance(part, ShardedTensor):
-                    where = (tuple(part.global_offset), tuple(part.global_shape))
-                    found.setdefault(part.key, []).append((*where, part.data.clone()))
-        return found
+        return parts(self.whole, {name: param.main_grad for name, param in self.whole.named_parameters()})
 
-    def in_fp8(self) -> list[str]:
-        """Modules that computed in FP8, and FP8 parameters."""
-        found = [name for name, module in self.whole.named_modules() if getattr(module, "fp8", False) is True]
-        return found + [name for name, p in self.whole.named_parameters() if hasattr(p, "dequantize") and _is_fp8(p)]
+    def in_fp8(self) -> dict[str, int]:
+        """Linears that --fp8-format is for, how many of them computed in FP8, and how many weights are in it."""
+        from megatron.core.fp8_utils import is_float8tensor
 
-
-def _is_fp8(param: torch.Tensor) -> bool:
-    from megatron.core.fp8_utils import is_float8tensor
-
-    return bool(is_float8tensor(param))
+        linears = [module for name, module in self.whole.named_modules() if name.rpartition(".")[2] in IN_FP8]
+        return {
+            "linears": len(linears),
+            "in FP8": sum(getattr(module, "fp8", False) is True for module in linears),
+            "FP8 weights": sum(is_float8tensor(param) for param in self.whole.parameters()),
+        }
 
 
 def measure(layout: Layout, recipe: str, flags: tuple[str, ...], steps: int) -> dict[str, Any]:
-    """{loss, norm, grads: Parts, losses: of each step, fp8: names}."""
+    """{loss, norm, grads: Parts, losses: of each step, fp8: counts}."""
     model = Model(layout, recipe, flags)
     try:
         for _ in range(PASSES.get(recipe, 1)):

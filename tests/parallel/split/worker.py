@@ -1,10 +1,11 @@
 """One process of a plan: its cells in order, in process groups that are made anew for each layout.
 
-    python -m tests.parallel.split.worker FOLDER PLACE
+    python -m tests.parallel.split.worker FOLDER PLACE DEVICE
 
-FOLDER holds plan.json. PLACE: which of the plan's processes this is; on GPUs, which GPU. Each rank writes what a cell
-gave, then waits for the other ranks' files: a cell that failed on some ranks and not on others leaves groups that
-cannot be used again, so new ones are made, and where a rank never comes `driver` ends all and starts them again.
+FOLDER holds plan.json. PLACE: which of the plan's processes this is; on GPUs, which GPU. DEVICE: the plan's. Each rank
+writes what a cell gave, then waits for the other ranks' files: a cell that failed on some ranks and not on others
+leaves groups that cannot be used again, so new ones are made, and where a rank never comes `driver` ends all and starts
+them again.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__" and sys.argv[3] == "cpu":
+    # Where it is installed Megatron takes its Adam, which asks for a GPU; here Megatron shall not find it.
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_hybrid import compat
 from megatron_hybrid.tools.gpu_bench import harness
-from tests.parallel.split.cells import Cell, Job, Plan
+from tests.parallel.split.cells import ONE_RANK_FAILS, Cell, Job, Plan, cells_of
 
 #: Exit status of a process whose GPU answers no more: an illegal access stays with the process.
 GPU_LOST = 3
@@ -45,9 +50,9 @@ class Worker:
         compat.start_backend()
         if self.plan.device == "cuda":
             torch.cuda.set_device(self.place)
-        for number, job in enumerate(self.plan.jobs):
-            if self.place not in job.processes:
-                continue
+        mine = [(number, job) for number, job in enumerate(self.plan.jobs) if self.place in job.processes]
+        self.next = iter([*cells_of([job for _, job in mine])[1:], None])
+        for number, job in mine:
             recipes = list(job.recipes)
             while recipes:
                 recipes = self._in_new_groups(number, job, recipes)
@@ -55,7 +60,9 @@ class Worker:
     def _in_new_groups(self, number: int, job: Job, recipes: list[str]) -> list[str]:
         """Cells up to the first that fails; those that are left."""
         rank, ranks, layout = job.processes.index(self.place), len(job.processes), job.layout
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(self.place), LOCAL_WORLD_SIZE=str(ranks))
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(self.place), LOCAL_WORLD_SIZE=str(ranks)
+        )
         self._now_in(Cell(layout.name, recipes[0]))
         dist.init_process_group(
             "nccl" if self.plan.device == "cuda" else "gloo",
@@ -85,6 +92,8 @@ class Worker:
         self._now_in(cell)
         began, error = time.monotonic(), ""
         try:
+            if job.broken == ONE_RANK_FAILS and rank == 1:
+                raise RuntimeError(ONE_RANK_FAILS)
             with _broken(job.broken):
                 found = model.measure(job.layout, cell.recipe, self.plan.model, self.plan.steps)
             found["seconds"] = time.monotonic() - began
@@ -98,6 +107,8 @@ class Worker:
         statuses = [self.folder / f"{cell.file}.{other}.status" for other in range(len(job.processes))]
         while not all(status.exists() for status in statuses):
             time.sleep(0.005)
+        if cell_after := next(self.next):  # leaving groups that a failure spoiled may hang: the next cell's time
+            self._now_in(cell_after)
         return not any(status.read_text() for status in statuses)
 
     def _now_in(self, cell: Cell) -> None:
