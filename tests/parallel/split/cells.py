@@ -117,7 +117,7 @@ class Plan:
     processes: int
     jobs: tuple[Job, ...]
     steps: int = 5
-    cell_limit_s: float = 120.0
+    cell_limit_s: float = 150.0
     grace_s: float = 15.0
 
     def as_data(self) -> dict[str, Any]:

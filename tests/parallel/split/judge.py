@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from tests.parallel import tiny
-from tests.parallel.split.cells import IN_FP8, ONE, Cell, Outcome
+from tests.parallel.split.cells import IN_FP8, LAYOUTS, ONE, RECIPES, Cell, Outcome
 
 ERROR_RATIO = 1.2
 SIGMAS = 3.0
@@ -124,7 +124,7 @@ class Judge:
             size = exact.norm().item()
             mine, its = ((g[name] - exact).norm().item() / size for g in (grads, alone))
             cosine = torch.nn.functional.cosine_similarity(grads[name].flatten(), exact.flatten(), 0).item()
-            row.tensors[name] = [mine, its, cosine]
+            row.tensors[name] = [float(f"{value:.5g}") for value in (mine, its, cosine)]
             allowed = ERROR_RATIO * (1 + SIGMAS / exact.numel() ** 0.5) * max(its, row.distance_of_one)
             if (share := _ratio(mine, allowed)) > row.worst:
                 row.worst, row.worst_tensor = share, name
@@ -161,7 +161,12 @@ class Judge:
             row.step_bound = self._step_bound(row, max(in_bf16, default=float("nan")))
             if not row.step_difference <= row.step_bound:
                 row.wrong.append("losses of the steps")
-        return [*self.done, *self.errors]
+        places = {layout.name: place for place, layout in enumerate((ONE, *LAYOUTS))}
+        recipes = list(RECIPES)
+        return sorted(
+            [*self.done, *self.errors],
+            key=lambda row: (places.get(row.layout, len(places)), row.layout, recipes.index(row.recipe)),
+        )
 
     def _step_bound(self, row: Row, bf16: float) -> float:
         one = self.alone[row.recipe][1]["losses"]

@@ -33,6 +33,8 @@ from megatron.core import parallel_state
 
 from megatron_hybrid import compat
 from megatron_hybrid.tools.gpu_bench import harness
+from tests.parallel import compare
+from tests.parallel.split import model
 from tests.parallel.split.cells import ONE_RANK_FAILS, Cell, Job, Plan, cells_of
 
 #: Exit status of a process whose GPU answers no more: an illegal access stays with the process.
@@ -87,8 +89,6 @@ class Worker:
 
     def _cell(self, job: Job, cell: Cell, rank: int) -> bool:
         """Whether it went well on every rank."""
-        from tests.parallel.split import model
-
         self._now_in(cell)
         began, error = time.monotonic(), ""
         try:
@@ -137,8 +137,6 @@ class _broken:
         self.what = what
 
     def __enter__(self) -> None:
-        from tests.parallel import compare
-
         self.modules: list[Any] = [compare.gated_delta_net, compare.norms, compare.loss]
         self.before = [dict(vars(module)) for module in self.modules]
         compare._break(self.what)
