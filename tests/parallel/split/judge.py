@@ -14,8 +14,9 @@ scale: other rounding of the same size. So a split model
 
 Optimizer steps on the same batch, which the model learns by heart, carry wrong updates into the loss. In bf16 a split
 model's losses may be as far from one process's as those are from fp32's, at their furthest. In FP8 they may be as far
-away as the furthest that bf16 got in any layout, times how much coarser the recipe is (the distances of its gradients
-and of bf16's from fp32, of one process) and times 2, since both are the largest of a few numbers.
+away as the furthest that bf16 got in any layout where all was right, times how much coarser the recipe is (the
+distances of its gradients and of bf16's from fp32, of one process) and times 2, since both are the largest of a few
+numbers.
 """
 
 from __future__ import annotations
@@ -156,11 +157,14 @@ class Judge:
             what = "one process in fp32" if not self.exact else "one process"
             self.errors.append(Row(cell.layout, cell.recipe, f"nothing to compare with: {what} failed"))
         self.waiting = []
-        in_bf16 = [row.step_difference for row in self.done if row.recipe == "bf16"]
+        self.done.sort(key=lambda row: row.recipe != "bf16")
+        right_in_bf16: list[float] = []
         for row in self.done:
-            row.step_bound = self._step_bound(row, max(in_bf16, default=float("nan")))
+            row.step_bound = self._step_bound(row, max(right_in_bf16, default=float("nan")))
             if not row.step_difference <= row.step_bound:
                 row.wrong.append("losses of the steps")
+            if row.recipe == "bf16" and not row.wrong:
+                right_in_bf16.append(row.step_difference)
         places = {layout.name: place for place, layout in enumerate((ONE, *LAYOUTS))}
         recipes = list(RECIPES)
         return sorted(
