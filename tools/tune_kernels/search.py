@@ -27,6 +27,21 @@ CANDIDATES = {
     "key_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128), Launch(8, 1, 32, 128), Launch(8, 2, 32, 128)],
     "conv_backward": [Launch(1, 1, 64), Launch(1, 1, 256), Launch(2, 1, 256), Launch(2, 1, 128)],
 }
+#: The same for K above 128: three stages of a scan do not fit; 4 warps, or 128 registers, spill by hundreds.
+WIDE = {
+    "conv": [Launch(8, 1, 64)],
+    "prepare": [Launch(8, 1)],
+    "scan": [Launch(8, 2, 64)],
+    "scan_again": [Launch(8, 2, 64)],
+    "adjoint_scan": [Launch(8, 2, 64)],
+    "query_gradient": [Launch(8, 1, 64), Launch(8, 3, 64)],
+    "key_gradient": [Launch(8, 1, 32), Launch(8, 1, 64)],
+}
+
+
+def candidates(K: int) -> dict[str, list[Launch]]:
+    """By kernel, for heads of this key dim."""
+    return CANDIDATES | (WIDE if K > 128 else {})
 
 
 def mixer(H: int, K: int, V: int, T: int, device: str) -> Callable[[], Any]:
@@ -170,9 +185,9 @@ class Child:
 def tune(H: int, K: int, V: int, T: int) -> None:
     """One kernel after the other, each with the best of those before it."""
     best, child = dict(DEFAULTS), Child(H, K, V, T)
-    for kernel, candidates in CANDIDATES.items():
+    for kernel, others in candidates(K).items():
         timed = []
-        for candidate in [best[kernel], *candidates]:
+        for candidate in [best[kernel], *others]:
             times = child.ask(best | {kernel: candidate}, kernel)
             if isinstance(times, str):
                 print(f"{kernel:<14} {tuple(candidate)}  refused: {times}", flush=True)
