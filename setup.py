@@ -19,6 +19,8 @@ FOLDERS = {
     "megatron_hybrid.tools.corpus": "tools/corpus",
     "megatron_hybrid.tools.convert": "tools/convert",
     "megatron_hybrid.tools.gpu_bench": "tools/gpu_bench",
+    "megatron_hybrid.tools.bench_kernels": "tools/bench_kernels",
+    "megatron_hybrid.tools.tune_kernels": "tools/tune_kernels",
 }
 VERSION = re.search(r'__version__ = "(.+)"', Path("megatron_hybrid/__init__.py").read_text()).group(1)  # type: ignore[union-attr]
 

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_hybrid import compat, fp8
+from megatron_hybrid import compat, fla_backend, fp8
 from megatron_hybrid.architecture import OWN_SPECS
 from megatron_hybrid.checkpoint.discovery import EXIT_UNLOADABLE, Unloadable
 from megatron_hybrid.config import HybridConfig
@@ -219,6 +219,8 @@ def _check_machine(args: argparse.Namespace) -> None:
         raise FlagError("--use-precision-aware-optimizer: needs Transformer Engine's Adam (pip install -e '.[gpu]')")
     if args.gdn_backend == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise FlagError("--gdn-backend triton: needs a GPU; legal here: auto, reference")
+    if args.gdn_backend == "fla" and (problem := fla_backend.problem()):
+        raise FlagError(f"--gdn-backend fla: {problem}")
     if "layernorm" in (args.recompute_modules or ()) and args.transformer_impl == "local":
         raise FlagError(
             "--recompute-modules layernorm: Megatron's needs Transformer Engine, which does not run here; "

@@ -33,15 +33,17 @@ MAY_IMPORT = {
     "architecture": set(),
     "flags": {"architecture", "config", "presets", "fp8", "tools"},
     "compat": {"cpu_backend"},
+    "fla_backend": {"compat"},
     "cpu_backend": set(),
     "data": {"tools", "config", "data"},
     "checkpoint": {"tools", "config", "checkpoint"},
     "training": {"training", "modules", "parallel", "config", "flops", "checkpoint"},
     # kernels: bench_kernels and tune_kernels; flags to planning: plan and doctor
-    "tools": {"tools", "config", "checkpoint", "kernels", "flags", "flops", "fp8", "compat", "planning", "parallel"},
+    "tools": {"tools", "config", "checkpoint", "kernels", "flags", "flops", "fp8", "compat", "planning", "parallel"}
+    | {"fla_backend"},
     "pretrain": {
         *("model", "layer_specs", "architecture", "config", "presets", "flags", "fp8", "parallel", "plan"),
-        *("compat", "checkpoint", "data", "training", "kernels"),
+        *("compat", "checkpoint", "data", "training", "kernels", "fla_backend"),
     },
     # it trains, unlike all other tools
     "gpu_bench": {

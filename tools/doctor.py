@@ -23,6 +23,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from megatron_hybrid import compat
+from megatron_hybrid.fla_backend import refuses_backward
 from megatron_hybrid.flags import print_report
 from megatron_hybrid.tools.cli import Parser
 
@@ -132,7 +133,7 @@ def pairs(devices: Sequence[Device], versions: Mapping[str, str | None]) -> Iter
     for capability in capabilities if triton else ():
         version, name = _numbers(str(triton)), f"triton + GPU {capability}"
         found = f"{triton}, sm_{capability.replace('.', '')}"
-        if capability == "9.0" and (3, 4) <= version < (3, 7, 1) and versions.get("flash-linear-attention"):
+        if versions.get("flash-linear-attention") and refuses_backward(capability, str(triton)):
             advice = (
                 "--gdn-backend fla has wrong gate gradients here (fixed in triton 3.7.1); use triton's, the default"
             )

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.kernels import triton_autograd
-from megatron_hybrid.kernels.configs import TABLE
+from megatron_hybrid.kernels.configs import DEFAULTS, TABLE
 from megatron_hybrid.kernels.inspection import Recorded, compile_for, recording, resources
 from megatron_hybrid.kernels.triton_launch import Options
+from megatron_hybrid.tools.tune_kernels.search import WIDE, mixer
 
 MODEL = (30, 30, 96, 192)  # Hk, H, K, V
 T = 256
@@ -107,3 +108,17 @@ def test_entries_of_other_head_sizes(sizes: tuple[int, int]) -> None:
             assert used.shared_bytes <= SHARED_BYTES, (launch.name, used)
             spills[launch.name] = max(spills.get(launch.name, 0), used.spill_bytes)
     assert {name: n for name, n in spills.items() if n} == SPILLS_OF_OTHERS.get(sizes, {})
+
+
+@pytest.mark.parametrize("size", [16, 256])
+def test_sizes_without_an_entry_have_launches_to_try(size: int) -> None:
+    """That fit, without spills by the hundred: where tune_kernels begins, or for wide heads its first candidates."""
+    entry = DEFAULTS | ({kernel: launches[0] for kernel, launches in WIDE.items()} if size > 128 else {})
+    with recording(**entry) as found:
+        mixer(2, size, size, 128, "cpu")()
+    problems = []
+    for launch in {variant(launch): launch for launch in found}.values():
+        used = resources(compile_for(launch, 90))
+        if used.shared_bytes > SHARED_BYTES or used.spill_bytes > 150:
+            problems.append((launch.name, launch.options, used.shared_bytes, used.spill_bytes))
+    assert not problems

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_hybrid.kernels import gated_delta, reference
 from megatron_hybrid.modules.recompute import Recomputed
+from tests.kernels import decoding
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
@@ -277,6 +278,13 @@ def test_decode_continues_the_mixer() -> None:
             )
             assert error(y, whole[:, t]) <= FP32, (backend, t)
         assert error(running, final) <= FP32, backend
+
+
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"])
+def test_decode_token_by_token(gate: bool) -> None:
+    """What test_decode_gpu.py asks of a GPU; in bf16 the interpreter rounds y towards zero."""
+    for dtype, y_bound in ((torch.float32, FP32), (torch.bfloat16, 0.005)):
+        decoding.check(decoding.Sequence(2, 4, (2, 4, 48, 48), gate, dtype, "cpu"), y_bound, FP32)
 
 
 def test_backends_are_never_swapped(caplog: pytest.LogCaptureFixture) -> None:

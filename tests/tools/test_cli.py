@@ -17,6 +17,7 @@ from megatron_hybrid.tools.cli import ToolError, run_cli
 TOOLS = [
     *("gather_corpus", "train_tokenizer", "preprocess", "plot_run"),
     *("inspect_data", "mix", "import_tokens", "bench_preprocess", "convert", "clean", "plan"),
+    *("bench_kernels", "tune_kernels"),
 ]
 HEAVY = {"torch", "megatron", "transformers", "tensorboard", "matplotlib", "sentencepiece", "zstandard"}
 HEAVY |= {"pyarrow", "fastokens", "tokenizers", "fsspec", "isal"}

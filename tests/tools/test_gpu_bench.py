@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_hybrid.tools.fp8_acceptance import verdict
 from megatron_hybrid.tools.gpu_bench import harness, peer
@@ -38,15 +39,33 @@ def test_a_case_leaves_no_model_behind(tmp_path: Path) -> None:
     assert [bool(row.get("tokens_per_s")) for row in rows] == [True, False]
 
 
+class _Double(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (2 * x).sum()
+
+
 def _peers(rank: int) -> None:
     args = harness.parse("olmo-hybrid-tiny", tiny()[0].flags)
     args.padded_vocab_size = 256
     tokens = harness.read_tokens(None, 200, 1024)
     model = peer.huggingface(args, tokens)
-    assert np.isfinite(model.step()["loss"]) and "convolution of PyTorch" in model.what
+    assert np.isfinite(model.step()["loss"]) and "convolution of PyTorch" in model.note()
     args.padded_vocab_size = 128
     with pytest.raises(ValueError, match="parameters, ours has"):
         peer.Peer(args, tokens, model.model, model.loss, model.what)
+    args.padded_vocab_size = 256
+    part, leaf = _Double(), torch.ones(2, requires_grad=True)
+    compiled = peer.Peer(args, tokens, model.model, lambda *_: part(leaf), "it", compiled=True)
+    compiled.step()
+    with pytest.raises(RuntimeError, match="compiled nothing"):
+        compiled.note()
+    torch._dynamo.config.disable = False  # cpu_backend switches it off
+    part.compile(backend="eager", dynamic=False)
+    compiled.step()
+    assert compiled.note() == "1 graphs of torch.compile; it"
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        for rows in range(2, 20):
+            part(torch.ones(rows))
 
 
 def test_peers_name_the_missing_package_and_must_be_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 
 from megatron_hybrid.flops import Sizes, model_parameters
 from megatron_hybrid.tools.gpu_bench.fla import UNCHECKED, allow_fla_backward, compile_side_by_side
@@ -29,6 +30,7 @@ class Peer:
         loss: (ids [rows, length], labels, the same shifted by one) to the mean loss of the global batch, of which
             these rows are a part.
         what: which kernels run, for the table.
+        compiled: parts of the model are under torch.compile.
 
     Raises:
         ValueError: the model has more or fewer parameters than ours of these arguments.
@@ -41,12 +43,16 @@ class Peer:
         model: torch.nn.Module,
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         what: str,
+        compiled: bool = False,
     ) -> None:
         ours = model_parameters(Sizes.from_args(args), args.hybrid_layer_pattern)
         theirs = sum(p.numel() for p in model.parameters())
         if theirs != ours:
             raise ValueError(f"{theirs:,} parameters, ours has {ours:,}: not the same model")
-        self.model, self.loss, self.what = model, loss, what
+        self.model, self.loss, self.what, self.compiled = model, loss, what, compiled
+        # A function that is compiled anew too often would go on uncompiled with a warning that the worker hides.
+        torch._dynamo.config.fail_on_recompile_limit_hit = compiled
+        self.graphs_before = _graphs()
         self.microbatches = args.global_batch_size // args.micro_batch_size
         self.data = batches(tokens, args.seq_length, args.micro_batch_size)
 
@@ -65,10 +71,28 @@ class Peer:
         ms = (time.perf_counter() - began) * 1e3
         return {"loss": float(total), "norm": float("nan"), "ms": ms, "backward_ms": ms}
 
+    def note(self) -> str:
+        """What ran, for the table, once it has been stepped.
+
+        Raises:
+            RuntimeError: torch.compile was asked for and compiled nothing.
+        """
+        if not self.compiled:
+            return self.what
+        if not (graphs := _graphs() - self.graphs_before):
+            raise RuntimeError("torch.compile compiled nothing (TORCHDYNAMO_DISABLE?): these would be eager's times")
+        return f"{graphs} graphs of torch.compile; {self.what}"
+
     def close(self) -> None:
         self.__dict__.clear()
+        torch._dynamo.config.fail_on_recompile_limit_hit = False
         torch.compiler.reset()  # compiled blocks hold the model
         free()
+
+
+def _graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def _device() -> torch.device:
@@ -171,7 +195,7 @@ def olmo_core(args: Namespace, tokens: torch.Tensor, compiled: bool) -> Peer:
     import fla
 
     what = f"no optimizer step; fla {fla.__version__}; attention and loss of PyTorch; {UNCHECKED}"
-    return Peer(args, tokens, model, loss, what)
+    return Peer(args, tokens, model, loss, what, compiled)
 
 
 def olmo_core_model(args: Namespace, device: str) -> Any:

@@ -102,7 +102,7 @@ def _peer(case: Case, tokens: torch.Tensor) -> dict[str, Any]:
     else:
         model = peer.olmo_core(args, tokens, compiled=bool(case.options["compiled"]))
     try:
-        return {**_steps(case, model, count, flops), "note": model.what}
+        return {**_steps(case, model, count, flops), "note": model.note()}
     finally:
         model.close()
 

@@ -1,13 +1,4 @@
-"""Time the Gated DeltaNet kernels beside flash-linear-attention's, alternating in one process, on this GPU.
-
-Prints one line per measurement: median and spread in milliseconds, the time of the kernels alone (what counts when
-the host runs ahead), bytes and FLOPs that the mathematics needs, what
-fraction of this GPU's measured copy and matmul rates that is, and peak memory. --json writes the same as a file.
-flash-linear-attention is timed when installed, at --fla-shapes. Its autotuner chooses among all its configurations;
-their compilation alone is spread over the cores. Its backward refuses Hopper with triton 3.4 to 3.7.0 (its issue #640:
-gradients of the gate are wrong there); --force-fla-backward switches that check off in this process, which leaves its
-time valid and those gradients not. --errors prints the errors of both outputs against the reference in fp64.
-"""
+"""Times and errors of the Gated DeltaNet kernels and of flash-linear-attention's, on this GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +6,6 @@ import argparse
 import importlib.util
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +13,6 @@ from torch import Tensor
 
 from megatron_hybrid.kernels import gated_delta, reference
 from megatron_hybrid.kernels.self_test import relative_error
-from megatron_hybrid.tools.cli import Parser
 from megatron_hybrid.tools.gpu_bench.fla import allow_fla_backward, compile_side_by_side
 
 Run = Callable[[], Any]
@@ -220,25 +209,8 @@ def print_errors(H: int, K: int, V: int, with_fla: bool) -> None:
                 print(f"{T:>6} {what:<26} {backend:<7} error of o {relative_error(o, exact):.4f} ({max(heads):.4f})")
 
 
-def main() -> None:
-    parser = Parser(
-        prog="python -m megatron_hybrid.tools.bench_kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--heads", type=int, default=30)
-    parser.add_argument("--key-dim", type=int, default=96)
-    parser.add_argument("--value-dim", type=int, default=192)
-    parser.add_argument("--shapes", nargs="+", default=["1x8192", "2x8192", "1x65536", "8x1024packed"], help="BxT")
-    parser.add_argument("--fla-shapes", nargs="*", help="those at which flash-linear-attention is timed; default: all")
-    parser.add_argument("--errors", action="store_true", help="print errors as well")
-    parser.add_argument("--states-every", type=int, default=4, help="also time ours with every n-th state kept; 0: not")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--force-fla-backward", action="store_true", help="see above")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no GPU here: these are timings of kernels")
+def run(args: argparse.Namespace) -> None:
+    """What the flags ask for."""
     with_fla = importlib.util.find_spec("fla") is not None
     if with_fla:
         compile_side_by_side()
@@ -267,7 +239,3 @@ def main() -> None:
         print_errors(args.heads, args.key_dim, args.value_dim, with_fla)
     if args.json:
         args.json.write_text(json.dumps({"copy": rates[0], "matmul": rates[1], "lines": lines}, indent=1))
-
-
-if __name__ == "__main__":
-    main()

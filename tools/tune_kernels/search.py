@@ -1,15 +1,7 @@
-"""Find launch configurations of the Gated DeltaNet kernels, or report what they compile to.
-
---report   needs no GPU: registers, stack, shared memory, occupancy and matrix instructions of every kernel of an
-           entry, for Hopper (sm_90) and Blackwell (sm_100)
-otherwise  needs the GPU to tune for: times configurations kernel by kernel, each kernel by itself, keeps the fastest
-           of those with which everything agrees with the reference and gives the same bits twice, and prints an entry
-           for kernels/configs.py
-"""
+"""Candidates for the launches of each kernel, timed and checked on this GPU, or compiled for one that is not here."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -20,7 +12,6 @@ import torch
 import triton
 
 from megatron_hybrid.kernels.configs import DEFAULTS, TABLE, Launch, trial
-from megatron_hybrid.tools.cli import Parser
 
 #: Tried for each kernel besides the default. Columns stay at 64 where a matrix product wants 64 rows.
 CANDIDATES = {
@@ -36,6 +27,21 @@ CANDIDATES = {
     "key_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128), Launch(8, 1, 32, 128), Launch(8, 2, 32, 128)],
     "conv_backward": [Launch(1, 1, 64), Launch(1, 1, 256), Launch(2, 1, 256), Launch(2, 1, 128)],
 }
+#: The same for K above 128: three stages of a scan do not fit; 4 warps, or 128 registers, spill by hundreds.
+WIDE = {
+    "conv": [Launch(8, 1, 64)],
+    "prepare": [Launch(8, 1)],
+    "scan": [Launch(8, 2, 64)],
+    "scan_again": [Launch(8, 2, 64)],
+    "adjoint_scan": [Launch(8, 2, 64)],
+    "query_gradient": [Launch(8, 1, 64), Launch(8, 3, 64)],
+    "key_gradient": [Launch(8, 1, 32), Launch(8, 1, 64)],
+}
+
+
+def candidates(K: int) -> dict[str, list[Launch]]:
+    """By kernel, for heads of this key dim."""
+    return CANDIDATES | (WIDE if K > 128 else {})
 
 
 def mixer(H: int, K: int, V: int, T: int, device: str) -> Callable[[], Any]:
@@ -179,9 +185,9 @@ class Child:
 def tune(H: int, K: int, V: int, T: int) -> None:
     """One kernel after the other, each with the best of those before it."""
     best, child = dict(DEFAULTS), Child(H, K, V, T)
-    for kernel, candidates in CANDIDATES.items():
+    for kernel, others in candidates(K).items():
         timed = []
-        for candidate in [best[kernel], *candidates]:
+        for candidate in [best[kernel], *others]:
             times = child.ask(best | {kernel: candidate}, kernel)
             if isinstance(times, str):
                 print(f"{kernel:<14} {tuple(candidate)}  refused: {times}", flush=True)
@@ -202,28 +208,3 @@ def tune(H: int, K: int, V: int, T: int) -> None:
     for kernel, launch in best.items():
         print(f'    "{kernel}": {launch},')
     print(f"}},  # {torch.cuda.get_device_name()}")
-
-
-def main() -> None:
-    parser = Parser(
-        prog="python -m megatron_hybrid.tools.tune_kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--report", action="store_true", help="compile and report instead of tuning")
-    parser.add_argument("--heads", type=int, default=30)
-    parser.add_argument("--key-dim", type=int, default=96)
-    parser.add_argument("--value-dim", type=int, default=192)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--targets", type=int, nargs="+", default=[90, 100], help="compute capabilities to report on")
-    args = parser.parse_args()
-    if args.report:
-        report(args.heads, args.key_dim, args.value_dim, args.targets)
-    elif torch.cuda.is_available():
-        tune(args.heads, args.key_dim, args.value_dim, args.tokens)
-    else:
-        parser.error("no GPU here to tune for; --report needs none")
-
-
-if __name__ == "__main__":
-    main()

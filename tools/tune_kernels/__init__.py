@@ -1,0 +1,1 @@
+"""`python -m megatron_hybrid.tools.tune_kernels --help`."""
