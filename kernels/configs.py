@@ -1,7 +1,7 @@
 """How each kernel is launched: a table, not a search at start-up.
 
 An entry belongs to one GPU architecture, triton version and pair of head sizes, because each of these can change
-whether a configuration is right as well as how fast it is. `tools/tune_kernels.py` tries configurations and prints an
+whether a configuration is right as well as how fast it is. `tools/tune_kernels` tries configurations and prints an
 entry of those that passed: agreement with the reference, and the same bits twice.
 """
 
@@ -49,7 +49,7 @@ DEFAULTS: dict[str, Launch] = {
     "decode": Launch(8, 1),
 }
 
-#: (architecture, triton's major.minor, K, V): passed the checks of tools/tune_kernels.py on that architecture.
+#: (architecture, triton's major.minor, K, V): passed the checks of tools/tune_kernels on that architecture.
 TABLE: dict[tuple[str, str, int, int], Entry] = {
     # NVIDIA H200, 2026-11-28
     ("sm_90", "3.6", 96, 192): DEFAULTS

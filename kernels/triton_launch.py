@@ -99,7 +99,7 @@ class Conv(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """What only the forward computes: G [NC, H, C], factors [NC, H, 2, C, 2] (`prepare_kernel`) fp32, Tb [NC, H, C, C]."""
+    """What only the forward computes: G [NC, H, C], factors [NC, H, 2, C, 2] fp32, Tb [NC, H, C, C]."""
 
     G: Tensor
     factors: Tensor
@@ -398,7 +398,8 @@ def gradients(
     launch = launch_for("inverse_gradient", K, V)
     inverse_gradient_kernel[grid](
         made.k, solved.G, solved.factors, states.u, adjoint.dr, D, db, query.dG,
-        **problem.tables, T=T, **strides(db=db), **problem.sizes, BV=launch.block, BETA_MAX=options.beta_max, **launch.options,
+        **problem.tables, T=T, **strides(db=db), **problem.sizes, BV=launch.block, BETA_MAX=options.beta_max,
+        **launch.options,
     )  # fmt: skip
     launch = launch_for("key_gradient", K, V)
     key_gradient_kernel[grid](

@@ -182,8 +182,8 @@ def store_state_fp32(
     tl.store(base + c[None, :] * V + v[:, None], x, mask=mask)
 
 
-# The scans take four numbers of each token, made once by the prepare kernel, two and two: C numbers by themselves would be
-# fetched by every thread of a product for itself, 2 C are more than there are threads, and each fetches one.
+# The scans take four numbers of each token, made once by the prepare kernel, two and two. C numbers by themselves would
+# be fetched by every thread of a product for itself; 2 C are more than there are threads, and each fetches one.
 
 
 @triton.jit

@@ -144,13 +144,17 @@ def peak_bytes(run: Run) -> int:
 
 
 def device_ms(run: Run, repeats: int = 5) -> float:
-    """Time of its kernels alone, without the gaps in which the GPU waits for the host."""
+    """Time in which at least one kernel runs, without the gaps in which the GPU waits for the host."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(repeats):
             run()
         torch.cuda.synchronize()
     events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(e.time_range.elapsed_us() for e in events) / repeats / 1e3
+    busy = end = 0.0
+    for span in sorted((e.time_range for e in events), key=lambda span: span.start):
+        busy += max(0.0, span.end - max(span.start, end))
+        end = max(end, span.end)
+    return busy / repeats / 1e3
 
 
 def measure(case: Case, with_fla: bool, every: int, repeats: int, rates: tuple[float, float]) -> list[dict[str, Any]]:

@@ -17,13 +17,15 @@ from megatron_hybrid.kernels.configs import DEFAULTS, TABLE, Launch, trial
 CANDIDATES = {
     "conv": [Launch(4, 1, 128), Launch(2, 1, 64)],
     "diagonal": [],
-    "prepare": [Launch(4, 1, 0, 96), Launch(8, 1)],
+    "prepare": [Launch(4, 1, 0, 96), Launch(4, 1, 0, 128)],
+    "prepare_normalising": [Launch(4, 1, 0, 96), Launch(4, 1, 0, 128)],
     "scan": [Launch(4, 2, 64), Launch(4, 3, 64), Launch(4, 4, 64)],
     "scan_again": [Launch(4, 1, 64), Launch(4, 2, 64), Launch(4, 3, 64)],
     "norm": [Launch(warps, 1, rows) for warps, rows in ((1, 4), (1, 8), (2, 8), (2, 16), (4, 8), (4, 32), (8, 32))],
     "norm_backward": [Launch(4, 1, 16), Launch(4, 1, 4), Launch(2, 1, 4), Launch(8, 1, 16, 128)],
     "adjoint_scan": [Launch(4, 2, 64), Launch(4, 3, 64), Launch(4, 4, 64)],
-    "query_gradient": [Launch(8, stages, 64, 128) for stages in (1, 2, 3)],
+    "query_gradient": [Launch(8, 2, 64, 128), Launch(8, 3, 64, 128), Launch(4, 1, 64), Launch(4, 2, 64)],
+    "inverse_gradient": [Launch(4, 1, 64, 160), Launch(4, 2, 64, 160), Launch(8, 1, 64)],
     "key_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128), Launch(8, 1, 32, 128), Launch(8, 2, 32, 128)],
     "conv_backward": [Launch(1, 1, 64), Launch(1, 1, 256), Launch(2, 1, 256), Launch(2, 1, 128)],
 }
@@ -31,6 +33,7 @@ CANDIDATES = {
 WIDE = {
     "conv": [Launch(8, 1, 64)],
     "prepare": [Launch(8, 1)],
+    "prepare_normalising": [Launch(8, 1)],
     "scan": [Launch(8, 2, 64)],
     "scan_again": [Launch(8, 2, 64)],
     "adjoint_scan": [Launch(8, 2, 64)],
@@ -122,7 +125,7 @@ def alone(kernel: str, run: Callable[[], Any]) -> list[float]:
     """Milliseconds that each launch of one kernel in `run` takes by itself."""
     from megatron_hybrid.kernels import triton_launch
 
-    name = f"{kernel.removesuffix('_again')}_kernel"
+    name = f"{kernel.removesuffix('_again').removesuffix('_normalising')}_kernel"
     original = getattr(triton_launch, name)
     again: list[Callable[[], Any]] = []
 
