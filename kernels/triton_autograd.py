@@ -60,11 +60,10 @@ class DeltaRule(torch.autograd.Function):
         shape = (problem.B, problem.T, problem.H, problem.V)
         do = made.k.new_zeros(shape) if do is None else with_unit_stride(do)
         dfinal = None if dfinal is None else dfinal.contiguous()
-        adjoint, query = launch.adjoint_and_query(problem, made, solved, states, do, dfinal, ctx.needs_input_grad[7])
         da, db = torch.empty(2, *a.shape, dtype=a.dtype, device=a.device)
-        g = launch.gradients(problem, made, solved, states, adjoint, query, gates, da, db)
+        g = launch.gradients(problem, made, solved, states, do, dfinal, gates, da, db, ctx.needs_input_grad[7])
         return (
-            g.dq, g.dk, adjoint.dr, da, db, g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype), adjoint.dinitial,
+            g.dq, g.dk, g.dv, da, db, g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype), g.dinitial,
             None, None, None,
         )  # fmt: skip
 
@@ -141,14 +140,14 @@ class MixerCore(torch.autograd.Function):
             own = launch.adjoint_scan(problem, made, solved, do, None, want_dinitial=True, store=False).dinitial
             # The chain is linear in S, and its transpose carries what each stretch sends back to the ones before it.
             (dfinal,) = torch.autograd.grad(incoming, S, own)
-        adjoint, query = launch.adjoint_and_query(problem, made, solved, states, do, dfinal, want_dinitial)
-        g = launch.gradients(problem, made, solved, states, adjoint, query, gates, *dab.chunk(2, dim=-1))
+        da, db = dab.chunk(2, dim=-1)
+        g = launch.gradients(problem, made, solved, states, do, dfinal, gates, da, db, want_dinitial)
         dx = dqkvz[..., : conv_weight.shape[0]]
-        dweight, dhalo = launch.conv_backward(problem, x, conv, g.dq, g.dk, adjoint.dr, dx)
+        dweight, dhalo = launch.conv_backward(problem, x, conv, g.dq, g.dk, g.dv, dx)
         return (
             dqkvz, dab, dweight.to(conv_weight.dtype), g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype),
             dnorm.to(norm_weight.dtype), None if halo is None or dhalo is None else dhalo.to(halo.dtype),
-            adjoint.dinitial, None, None, None, None, None,
+            g.dinitial, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -190,11 +189,10 @@ class Summary(torch.autograd.Function):
         _, made, _ = launch.prepare(problem, (k, k, widened), gates, None, solved)
         states = launch.scan(problem, made, solved, widened, initial=initial, is_again=True)
         do = torch.zeros_like(widened)
-        adjoint, query = launch.adjoint_and_query(problem, made, solved, states, do, dfinal.contiguous(), False)
         da, db = torch.empty(2, *a.shape, dtype=a.dtype, device=a.device)
-        g = launch.gradients(problem, made, solved, states, adjoint, query, gates, da, db)
+        g = launch.gradients(problem, made, solved, states, do, dfinal.contiguous(), gates, da, db, False)
         dA_log, ddt_bias = g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype)
-        return g.dk, adjoint.dr[..., problem.K :], da, db, dA_log, ddt_bias, None, None
+        return g.dk, g.dv[..., problem.K :], da, db, dA_log, ddt_bias, None, None
 
 
 def split_projection(qkvz: Tensor, heads: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -317,12 +317,12 @@ def query_gradient_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def inverse_gradient_kernel(
-    k_in, G_in, factors_in, u_in, dr_in, D_out, db_out, dG_inout, bounds, chunk_doc, chunk_start, T, db_sb, db_st,
+    k_in, G_in, factors_in, u_in, dr_in, D_out, db_out, dG_out, bounds, chunk_doc, chunk_start, T, db_sb, db_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     BETA_MAX: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk and head: gradient of b; D = dN + dN^T [NC, H, C, C]; adds to that of G what comes through N.
+    """Of one chunk and head: gradients of b and of G through N; D = dN + dN^T [NC, H, C, C].
 
     D is symmetric. Its halves come from dR U^T and U dR^T, two products, because as an operand a transposed accumulator
     is wrong on Hopper (triton 3.6); and it goes to `key_gradient_kernel` through memory, since that has no registers
@@ -357,8 +357,7 @@ def inverse_gradient_kernel(
     k0 = load_tile(k, Hk * K, left, 0, C, KA, K)
     k1 = load_tile(k, Hk * K, left, KA, C, KB, K)
     kk = tl.dot(k1, tl.trans(k1), tl.dot(k0, tl.trans(k0)))
-    dG = dG_inout + chunk * C + r
-    tl.store(dG, tl.load(dG) + tl.sum(tl.where(i > j, D, -D) * kk, 1))
+    tl.store(dG_out + chunk * C + r, tl.sum(tl.where(i > j, D, -D) * kk, 1))
     dr_dot_u = tl.sum(tl.where(i == j, dr_u, 0.0), 1)
     beta = tl.load(factors_in + chunk * C * 4 + r * 2 + 1)
     # sigmoid(b) = 0 exactly when b < -88: the limit of the gradient is 0 as well.
@@ -368,14 +367,14 @@ def inverse_gradient_kernel(
 
 @triton.jit(do_not_specialize=["T", "num_chunks"])
 def key_gradient_kernel(
-    q_in, k_in, dP_in, D_in, G_in, dG_in, u_in, h_in, ds_in, dr_in, a_in, A_log, dt_bias, rstd_k,
+    q_in, k_in, dP_in, D_in, G_in, by_scores, by_inverse, u_in, h_in, ds_in, dr_in, a_in, A_log, dt_bias, rstd_k,
     dk_out, da_out, dA_out, ddt_out, bounds, chunk_doc, chunk_start, T, num_chunks, a_sb, a_st, da_sb, da_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k and a of one chunk and head; dA_log and ddt_bias chunk by chunk, [H, NC] fp32.
 
-    dG_in is G's gradient from `query_gradient_kernel` and `inverse_gradient_kernel`, which run before.
+    by_scores and by_inverse are G's gradients from `query_gradient_kernel` and `inverse_gradient_kernel`.
     """
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -397,7 +396,8 @@ def key_gradient_kernel(
         rstd_k + (i_c.to(tl.int64) * Hk + i_h // GROUP) * C, dk_out + (row * H + i_h) * K,
         left, H, Hk, K, V, KA, KB, BV, C, L2NORM,
     )  # fmt: skip
-    dg = tl.cumsum(dG + tl.load(dG_in + chunk * C + r), 0, reverse=True) + dG_end
+    dG += tl.load(by_scores + chunk * C + r) + tl.load(by_inverse + chunk * C + r)
+    dg = tl.cumsum(dG, 0, reverse=True) + dG_end
     valid = r < left
     x = tl.load(a_in + b * a_sb + (bos + t0 + r) * a_st + i_h, mask=valid, other=0.0).to(tl.float32)
     x += tl.load(dt_bias + i_h).to(tl.float32)

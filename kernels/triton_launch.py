@@ -345,7 +345,7 @@ def adjoint_scan(
 
 
 class QueryGradient(NamedTuple):
-    """dq [B, T, H, K] before normalisation, dP [NC, H, C, C], gradient of G [NC, H, C] fp32 so far."""
+    """dq [B, T, H, K] before normalisation, dP [NC, H, C, C], gradient of G through both [NC, H, C] fp32."""
 
     dq: Tensor
     dP: Tensor
@@ -365,52 +365,66 @@ def query_gradient(problem: Problem, made: Prepared, solved: Solved, states: Sca
     return out
 
 
-def adjoint_and_query(
-    problem: Problem, made: Prepared, solved: Solved, states: Scanned, do: Tensor, dfinal: Tensor | None,
-    want_dinitial: bool,
-) -> tuple[Adjoint, QueryGradient]:  # fmt: skip
-    """Both side by side: the scan has too few programs for all multiprocessors, and they wait for one another."""
-    with beside(do) as second:
-        adjoint = adjoint_scan(problem, made, solved, do, dfinal, want_dinitial, where=second)
-        query = query_gradient(problem, made, solved, states, do)
-    return adjoint, query
+class InverseGradient(NamedTuple):
+    """D = dN + dN^T [NC, H, C, C], gradient of G through N [NC, H, C] fp32."""
+
+    D: Tensor
+    dG: Tensor
 
 
-class QKGradients(NamedTuple):
-    """dq, dk [B, T, Hk, K] before normalisation; dA_log, ddt_bias [H] fp32."""
+def inverse_gradient(
+    problem: Problem, made: Prepared, solved: Solved, states: Scanned, adjoint: Adjoint, db: Tensor,
+    where: AbstractContextManager[object],
+) -> InverseGradient:  # fmt: skip
+    """db [B, T, H] is written in place. where: the stream to run on."""
+    _B, T, _Hk, H, K, V, options, layout, _ = problem
+    out = InverseGradient(torch.empty_like(made.P), torch.empty_like(solved.G))
+    launch = launch_for("inverse_gradient", K, V)
+    with where:
+        inverse_gradient_kernel[(layout.num_chunks * H,)](
+            made.k, solved.G, solved.factors, states.u, adjoint.dr, out.D, db, out.dG, **problem.tables, T=T,
+            **strides(db=db), **problem.sizes, BV=launch.block, BETA_MAX=options.beta_max, **launch.options,
+        )  # fmt: skip
+    return out
+
+
+class Gradients(NamedTuple):
+    """dq, dk [B, T, Hk, K] before normalisation, dv [B, T, H, V]; dA_log, ddt_bias [H], dinitial [N, H, K, V] fp32."""
 
     dq: Tensor
     dk: Tensor
+    dv: Tensor
     dA_log: Tensor
     ddt_bias: Tensor
+    dinitial: Tensor | None
 
 
 def gradients(
-    problem: Problem, made: Prepared, solved: Solved, states: Scanned, adjoint: Adjoint, query: QueryGradient,
-    gates: Gates, da: Tensor, db: Tensor,
-) -> QKGradients:  # fmt: skip
-    """Everything else that needs all V columns of a chunk; da and db [B, T, H] are written in place."""
+    problem: Problem, made: Prepared, solved: Solved, states: Scanned, do: Tensor, dfinal: Tensor | None, gates: Gates,
+    da: Tensor, db: Tensor, want_dinitial: bool,
+) -> Gradients:  # fmt: skip
+    """Those of everything before the output; da and db [B, T, H] are written in place.
+
+    The adjoint scan has too few programs for all multiprocessors, and they wait for one another: what does not need it
+    runs beside it.
+    """
     _B, T, Hk, H, K, V, options, layout, _ = problem
+    with beside(do) as second:
+        adjoint = adjoint_scan(problem, made, solved, do, dfinal, want_dinitial, where=second)
+        inverse = inverse_gradient(problem, made, solved, states, adjoint, db, where=second)
+        query = query_gradient(problem, made, solved, states, do)
     dq, dk = query.dq, torch.empty_like(query.dq)
     partial = torch.empty(2, H, layout.num_chunks, dtype=torch.float32, device=dq.device)
-    grid = (layout.num_chunks * H,)
-    D = torch.empty_like(query.dP)
-    launch = launch_for("inverse_gradient", K, V)
-    inverse_gradient_kernel[grid](
-        made.k, solved.G, solved.factors, states.u, adjoint.dr, D, db, query.dG,
-        **problem.tables, T=T, **strides(db=db), **problem.sizes, BV=launch.block, BETA_MAX=options.beta_max,
-        **launch.options,
-    )  # fmt: skip
     launch = launch_for("key_gradient", K, V)
-    key_gradient_kernel[grid](
-        made.q, made.k, query.dP, D, solved.G, query.dG, states.u, states.h, adjoint.ds, adjoint.dr,
-        gates.a, gates.A_log, gates.dt_bias, made.rstd_k, dk, da, *partial,
+    key_gradient_kernel[(layout.num_chunks * H,)](
+        made.q, made.k, query.dP, inverse.D, solved.G, query.dG, inverse.dG, states.u, states.h, adjoint.ds,
+        adjoint.dr, gates.a, gates.A_log, gates.dt_bias, made.rstd_k, dk, da, *partial,
         **problem.tables, T=T, num_chunks=layout.num_chunks, **strides(a=gates.a, da=da), **problem.sizes,
         BV=launch.block, L2NORM=options.qk_l2norm, **launch.options,
     )  # fmt: skip
     if Hk != H:
         dq, dk = (x.unflatten(2, (Hk, H // Hk)).sum(3, dtype=torch.float32).to(x.dtype) for x in (dq, dk))
-    return QKGradients(dq, dk, *partial.sum(-1))
+    return Gradients(dq, dk, adjoint.dr, *partial.sum(-1), adjoint.dinitial)
 
 
 def conv_backward(

@@ -71,12 +71,15 @@ def variants() -> dict[tuple[Any, ...], Recorded]:
     return {variant(launch): launch for case in CASES.values() for launch in launches(**case)}
 
 
-#: Instructions that spill, loads and stores of local memory; on sm_90 none at the model's head sizes.
-SPILLS = {("scan", 100): 69, ("adjoint_scan", 100): 147}
+#: Instructions that spill, loads and stores of local memory. On sm_90, at the model's head sizes: the scan that keeps
+#: everything, and the gradient of k in three stages, which is faster than in one without spills.
+SPILLS = {
+    ("scan", 90): 6, ("key_gradient", 90): 9,
+    ("prepare", 100): 91, ("scan", 100): 39, ("adjoint_scan", 100): 288, ("inverse_gradient", 100): 18,
+}  # fmt: skip
 SPILLS_OF_OTHERS = {
-    (64, 64): {"query_gradient": 73},
-    (128, 128): {"scan": 40, "query_gradient": 10, "key_gradient": 41},
-    (128, 256): {"scan": 42, "query_gradient": 4, "key_gradient": 29},
+    (128, 128): {"scan": 14, "adjoint_scan": 20, "query_gradient": 4, "key_gradient": 43},
+    (128, 256): {"scan": 14, "adjoint_scan": 20, "key_gradient": 40},
 }
 
 
@@ -93,7 +96,7 @@ def test_matrix_units_and_registers(capability: int, unit: str) -> None:
         used = resources(compile_for(launch, capability))
         assert used.shared_bytes <= SHARED_BYTES
         assert used.spill_bytes <= SPILLS.get((launch.name, capability), 0), (launch.name, used)
-        if launch.name in ("prepare", "scan", "adjoint_scan", "query_gradient", "key_gradient"):
+        if launch.name in ("prepare", "scan", "adjoint_scan", "query_gradient", "inverse_gradient", "key_gradient"):
             assert all(name.startswith(unit) for name in used.instructions), (launch.name, used.instructions)
             widths = [int(name.split(".")[1].split("x")[1]) for name in used.instructions if capability == 90]
             assert max(widths, default=0) <= 64, (launch.name, used.instructions)

@@ -346,7 +346,7 @@ def test_bytes_kept_for_the_backward() -> None:
 
     inputs = size * (2 * Hk * K + 2 * H * V + 2 * H)
     states = H * K * V / 64
-    common = inputs + size * H * V + (64 * size + 8) * H
+    common = inputs + size * H * V + (64 * size + 20) * H
     some, expected = kept("every2")
     assert some == pytest.approx(common + 4 * states / 2, abs=1)
     less, found = kept("all", recompute=True)
