@@ -20,8 +20,9 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 def beside(x: Tensor) -> Iterator[AbstractContextManager[object]]:
     """Within, launches under the context given run beside those outside it; afterwards both have been waited for.
 
-    The streams share memory, so it must be allocated outside the context given: the allocator takes what is allocated
-    in it for the second stream's alone. On CPU (the interpreter) everything runs in order.
+    What the launches under the context write must be allocated before `beside`, and kept until its end: the allocator
+    takes memory allocated under it for the second stream's alone, and memory allocated or freed outside it within may
+    be touched by the first stream at any time. On CPU (the interpreter) everything runs in order.
     """
     if not x.is_cuda:
         yield nullcontext()

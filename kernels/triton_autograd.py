@@ -137,9 +137,10 @@ class MixerCore(torch.autograd.Function):
         want_dinitial = ctx.needs_input_grad[7]
         if ctx.passed is not None:
             incoming, S = ctx.passed
-            own = launch.adjoint_scan(problem, made, solved, do, None, want_dinitial=True, store=False).dinitial
+            own = launch.new_adjoint(problem, made, want_dinitial=True, store=False)
+            launch.adjoint_scan(problem, made, solved, do, None, own)
             # The chain is linear in S, and its transpose carries what each stretch sends back to the ones before it.
-            (dfinal,) = torch.autograd.grad(incoming, S, own)
+            (dfinal,) = torch.autograd.grad(incoming, S, own.dinitial)
         da, db = dab.chunk(2, dim=-1)
         g = launch.gradients(problem, made, solved, states, do, dfinal, gates, da, db, want_dinitial)
         dx = dqkvz[..., : conv_weight.shape[0]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -321,27 +320,29 @@ class Adjoint(NamedTuple):
     dinitial: Tensor | None
 
 
-def adjoint_scan(
-    problem: Problem, made: Prepared, solved: Solved, do: Tensor, dfinal: Tensor | None, want_dinitial: bool,
-    store: bool = True, where: AbstractContextManager[object] | None = None,
-) -> Adjoint:  # fmt: skip
-    """Gradients of the states, last chunk first. do [B, T, H, V] of any strides but the last.
-
-    store false: dinitial alone; ds and dr are left empty. where: the stream to run on.
-    """
+def new_adjoint(problem: Problem, made: Prepared, want_dinitial: bool, store: bool = True) -> Adjoint:
+    """For `adjoint_scan` to fill. store false: dinitial alone; ds and dr are empty."""
     B, T, _Hk, H, K, V, _options, layout, _ = problem
-    ds = made.k.new_empty(layout.num_chunks if store else 0, H, V, K)
-    dr = made.k.new_empty(B, T if store else 0, H, V)
-    dinitial = torch.empty(layout.N, H, K, V, dtype=torch.float32, device=ds.device) if want_dinitial else None
+    return Adjoint(
+        made.k.new_empty(layout.num_chunks if store else 0, H, V, K),
+        made.k.new_empty(B, T if store else 0, H, V),
+        made.k.new_empty(layout.N, H, K, V, dtype=torch.float32) if want_dinitial else None,
+    )
+
+
+def adjoint_scan(
+    problem: Problem, made: Prepared, solved: Solved, do: Tensor, dfinal: Tensor | None, out: Adjoint
+) -> None:
+    """Fills `out` with the gradients of the states, last chunk first. do [B, T, H, V] of any strides but the last."""
+    _B, T, _Hk, H, K, V, _options, layout, _ = problem
+    ds, dr, dinitial = out
     launch = launch_for("adjoint_scan", K, V)
-    with where or nullcontext():
-        adjoint_scan_kernel[(layout.N * H * triton.cdiv(V, launch.block),)](
-            made.scaled_q, made.k, solved.Tb, made.P, solved.factors, do, ds if dfinal is None else dfinal, ds,
-            dr, ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, **strides(do=do),
-            **problem.sizes, BV=launch.block, DFINAL=dfinal is not None, DINITIAL=want_dinitial, STORE=store,
-            **launch.options,
-        )  # fmt: skip
-    return Adjoint(ds, dr, dinitial)
+    adjoint_scan_kernel[(layout.N * H * triton.cdiv(V, launch.block),)](
+        made.scaled_q, made.k, solved.Tb, made.P, solved.factors, do, ds if dfinal is None else dfinal, ds, dr,
+        ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, **strides(do=do),
+        **problem.sizes, BV=launch.block, DFINAL=dfinal is not None, DINITIAL=dinitial is not None,
+        STORE=ds.numel() > 0, **launch.options,
+    )  # fmt: skip
 
 
 class QueryGradient(NamedTuple):
@@ -373,19 +374,15 @@ class InverseGradient(NamedTuple):
 
 
 def inverse_gradient(
-    problem: Problem, made: Prepared, solved: Solved, states: Scanned, adjoint: Adjoint, db: Tensor,
-    where: AbstractContextManager[object],
-) -> InverseGradient:  # fmt: skip
-    """db [B, T, H] is written in place. where: the stream to run on."""
+    problem: Problem, made: Prepared, solved: Solved, states: Scanned, dr: Tensor, out: InverseGradient, db: Tensor
+) -> None:
+    """Fills `out` and db [B, T, H]."""
     _B, T, _Hk, H, K, V, options, layout, _ = problem
-    out = InverseGradient(torch.empty_like(made.P), torch.empty_like(solved.G))
     launch = launch_for("inverse_gradient", K, V)
-    with where:
-        inverse_gradient_kernel[(layout.num_chunks * H,)](
-            made.k, solved.G, solved.factors, states.u, adjoint.dr, out.D, db, out.dG, **problem.tables, T=T,
-            **strides(db=db), **problem.sizes, BV=launch.block, BETA_MAX=options.beta_max, **launch.options,
-        )  # fmt: skip
-    return out
+    inverse_gradient_kernel[(layout.num_chunks * H,)](
+        made.k, solved.G, solved.factors, states.u, dr, out.D, db, out.dG, **problem.tables, T=T, **strides(db=db),
+        **problem.sizes, BV=launch.block, BETA_MAX=options.beta_max, **launch.options,
+    )  # fmt: skip
 
 
 class Gradients(NamedTuple):
@@ -409,9 +406,12 @@ def gradients(
     runs beside it.
     """
     _B, T, Hk, H, K, V, options, layout, _ = problem
+    adjoint = new_adjoint(problem, made, want_dinitial)
+    inverse = InverseGradient(torch.empty_like(made.P), torch.empty_like(solved.G))
     with beside(do) as second:
-        adjoint = adjoint_scan(problem, made, solved, do, dfinal, want_dinitial, where=second)
-        inverse = inverse_gradient(problem, made, solved, states, adjoint, db, where=second)
+        with second:
+            adjoint_scan(problem, made, solved, do, dfinal, adjoint)
+            inverse_gradient(problem, made, solved, states, adjoint.dr, inverse, db)
         query = query_gradient(problem, made, solved, states, do)
     dq, dk = query.dq, torch.empty_like(query.dq)
     partial = torch.empty(2, H, layout.num_chunks, dtype=torch.float32, device=dq.device)

@@ -87,7 +87,7 @@ def _delta_net(job: Job) -> Kept:
     found = {
         "projections": n * (channels + 2 * s.gdn_value_heads) * element,
         "chunk inverses": chunks * heads * CHUNK * CHUNK * element,
-        "gates": chunks * heads * CHUNK * 2 * 4,
+        "gates": chunks * heads * CHUNK * 5 * 4,
         "states": gdn_states(job),
         "intermediates": _intermediates(job),
         "passed states": passed_states(job),
