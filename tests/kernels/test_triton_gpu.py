@@ -31,6 +31,7 @@ TOLERANCES = {
 }  # fmt: skip
 HEAD = {"o": 2, "final": 1, "q": 2, "k": 2, "v": 2, "initial_state": 1, "a": 2, "b": 2}
 MODEL = (4, 4, 96, 192)
+DOCUMENTS = (0, 1, 63, 64, 65, 0, 700, 129, 1, 0)
 Shape = tuple[int, int, int, int]  # Hk, H, K, V
 
 
@@ -51,32 +52,35 @@ def cumulative(lengths: Sequence[int]) -> Tensor:
     return torch.tensor((0, *lengths), dtype=torch.int32, device="cuda").cumsum(0, dtype=torch.int32)
 
 
-def delta_inputs(B: int, T: int, shape: Shape, N: int | None = None) -> dict[str, Tensor]:
+def delta_inputs(B: int, T: int, shape: Shape, N: int | None = None, seed: int = 0) -> dict[str, Tensor]:
     """Decays as at the model's initialisation: A from 0.05 to 16 over the heads, dt from 0.001 to 0.1."""
     Hk, H, K, V = shape
     dt = torch.linspace(-6.9, -2.3, H, device="cuda").exp()
     bf16 = {
-        "q": reference.l2norm(rand(B, T, Hk, K, seed=1)),
-        "k": reference.l2norm(rand(B, T, Hk, K, seed=2)),
-        "v": rand(B, T, H, V, seed=3),
-        "a": rand(B, T, H, seed=4),
-        "b": rand(B, T, H, seed=5),
+        "q": reference.l2norm(rand(B, T, Hk, K, seed=seed + 1)),
+        "k": reference.l2norm(rand(B, T, Hk, K, seed=seed + 2)),
+        "v": rand(B, T, H, V, seed=seed + 3),
+        "a": rand(B, T, H, seed=seed + 4),
+        "b": rand(B, T, H, seed=seed + 5),
     }
     return {name: x.bfloat16() for name, x in bf16.items()} | {
         "A_log": torch.linspace(0.05, 16, H, device="cuda").log(),
         "dt_bias": dt + torch.log(-torch.expm1(-dt)),
-        "initial_state": 0.1 * rand(B if N is None else N, H, K, V, seed=6),
+        "initial_state": 0.1 * rand(B if N is None else N, H, K, V, seed=seed + 6),
     }
 
 
-def run(backend: str, inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
+def run(backend: str, inputs: dict[str, Tensor], seed: int = 0, **options: object) -> dict[str, Tensor]:
     """o, final state and all gradients."""
     leaves = {name: (x.double() if backend == "reference" else x).requires_grad_() for name, x in inputs.items()}
     o, final = gated_delta.gated_delta_rule(
         **leaves, qk_l2norm=False, output_final_state=True, backend=backend, **options
     )
     assert final is not None
-    weights = (rand(*o.shape, seed=7).bfloat16().to(o.dtype), 0.1 * rand(*final.shape, seed=8).to(final.dtype))
+    weights = (
+        rand(*o.shape, seed=seed + 7).bfloat16().to(o.dtype),
+        0.1 * rand(*final.shape, seed=seed + 8).to(final.dtype),
+    )
     gradients = torch.autograd.grad((o, final), list(leaves.values()), weights)
     return {"o": o.detach(), "final": final.detach()} | dict(zip(leaves, gradients, strict=True))
 
@@ -120,12 +124,16 @@ def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Non
     assert not problems, "same input, other bits: " + "; ".join(problems)
 
 
-def check(inputs: dict[str, Tensor], cu_seqlens: Tensor | None = None, **kept: Any) -> None:
+def check(
+    inputs: dict[str, Tensor], cu_seqlens: Tensor | None = None, besides: tuple[str, ...] = (), **kept: Any
+) -> None:
+    """All but `besides` are close; all have the same bits twice."""
     with launches(inputs["k"].shape[3], inputs["v"].shape[3]):
         first = run("triton", inputs, cu_seqlens=cu_seqlens, **kept)
         second = run("triton", inputs, cu_seqlens=cu_seqlens, **kept)
     assert_same_bits(first, second)
-    assert_close(first, run("reference", inputs, cu_seqlens=cu_seqlens))
+    expected = run("reference", inputs, cu_seqlens=cu_seqlens)
+    assert_close(first, {name: x for name, x in expected.items() if name not in besides})
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 1000, 8191], ids=lambda T: f"T{T}")
@@ -139,8 +147,24 @@ def test_dense(T: int) -> None:
     ids=["every0", "every1", "every4", "all"],
 )
 def test_packed(kept: dict[str, Any]) -> None:
-    lengths = (0, 1, 63, 64, 65, 0, 700, 129, 1, 0)
-    check(delta_inputs(1, sum(lengths), MODEL, N=len(lengths)), cumulative(lengths), **kept)
+    inputs = delta_inputs(1, sum(DOCUMENTS), MODEL, N=len(DOCUMENTS))
+    check(inputs, cumulative(DOCUMENTS), besides=("A_log", "dt_bias"), **kept)
+
+
+def test_gate_parameters_over_inputs() -> None:
+    """A_log and dt_bias: one number a head, a sum over all tokens that nearly cancels. The relative error of one input
+    is 0.0004 to 0.03, so it is the RMS over many that says something."""
+    errors: dict[str, list[float]] = {"A_log": [], "dt_bias": []}
+    for seed in range(0, 2400, 100):
+        inputs = delta_inputs(1, sum(DOCUMENTS), MODEL, N=len(DOCUMENTS), seed=seed)
+        with launches():
+            actual = run("triton", inputs, seed, cu_seqlens=cumulative(DOCUMENTS))
+        expected = run("reference", inputs, seed, cu_seqlens=cumulative(DOCUMENTS))
+        for name, found in errors.items():
+            found.append(relative(actual[name], expected[name]))
+    for name, found in errors.items():
+        rms = (sum(e * e for e in found) / len(found)) ** 0.5
+        assert rms <= TOLERANCES[name], (name, rms, found)
 
 
 def test_many_documents() -> None:

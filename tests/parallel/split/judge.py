@@ -8,8 +8,9 @@ scale: other rounding of the same size. So a split model
   `tests/parallel/test_bf16.py`), all gradients as one vector;
 - and so for each parameter, as far as n numbers can tell: the length of n independent errors varies by 1/sqrt(2n) of
   itself, the ratio of two such lengths by 1/sqrt(n), and three of those are allowed. A parameter on which one process
-  was lucky counts as one of average luck. What is missing on one of two ranks is 0.5 to 1 of a gradient; FP8's
-  rounding is about 0.2 of it;
+  was lucky counts as one of average luck. A_log and dt_bias of a layer count as one number: sums over all tokens that
+  nearly cancel, whose relative error with one and the same kernel is 0.0004 to 0.03 from input to input
+  (`docs/kernels.md`). What is missing on one of two ranks is 0.5 to 1 of a gradient; FP8's rounding is about 0.2 of it;
 - and loss and norm at the start are the same to 1 %, as there.
 
 Optimizer steps on the same batch, which the model learns by heart, carry wrong updates into the loss. In bf16 a split
@@ -126,7 +127,8 @@ class Judge:
             mine, its = ((g[name] - exact).norm().item() / size for g in (grads, alone))
             cosine = torch.nn.functional.cosine_similarity(grads[name].flatten(), exact.flatten(), 0).item()
             row.tensors[name] = [float(f"{value:.5g}") for value in (mine, its, cosine)]
-            allowed = ERROR_RATIO * (1 + SIGMAS / exact.numel() ** 0.5) * max(its, row.distance_of_one)
+            numbers = 1 if name.endswith(("A_log", "dt_bias")) else exact.numel()
+            allowed = ERROR_RATIO * (1 + SIGMAS / numbers**0.5) * max(its, row.distance_of_one)
             if (share := _ratio(mine, allowed)) > row.worst:
                 row.worst, row.worst_tensor = share, name
             if cosine < row.least_cosine:
