@@ -424,7 +424,8 @@ def gradients(
     )  # fmt: skip
     if Hk != H:
         dq, dk = (x.unflatten(2, (Hk, H // Hk)).sum(3, dtype=torch.float32).to(x.dtype) for x in (dq, dk))
-    return Gradients(dq, dk, adjoint.dr, *partial.sum(-1), adjoint.dinitial)
+    dA_log, ddt_bias = partial.sum(-1)
+    return Gradients(dq, dk, adjoint.dr, dA_log, ddt_bias, adjoint.dinitial)
 
 
 def conv_backward(
