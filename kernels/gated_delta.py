@@ -189,7 +189,8 @@ def shard_summary(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What a stretch of tokens does to the state, for context parallelism: S_out = M @ S_in + S for every S_in.
 
-    Arguments as in `gated_delta_rule`. Returns (M [N, H, K, K], S [N, H, K, V]) fp32, with gradients.
+    Arguments as in `gated_delta_rule`. Returns (M [N, H, K, K], S [N, H, K, V]) fp32, with gradients; on a GPU without:
+    their kernels have K + V columns, for which `configs.TABLE` has no launches (RuntimeError).
     """
     _check_delta(k, k, v, a, b, cu_seqlens)
     name = choose_backend(backend, v)

@@ -1,4 +1,4 @@
-"""A second stream, for launches that have nothing to do with each other and each leave a part of the GPU idle."""
+"""A second stream, for launches that do not read each other's results and each leave a part of the GPU idle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @cache
 def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    # What is launched here is long and narrow: it gets its multiprocessors first, the wide launch beside it the rest.
+    # What is launched here begins long and narrow: it gets its multiprocessors first, the wide one beside it the rest.
     return torch.cuda.Stream(device, priority=-1)
 
 
@@ -20,9 +20,9 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 def beside(x: Tensor) -> Iterator[AbstractContextManager[object]]:
     """Within, launches under the context given run beside those outside it; afterwards both have been waited for.
 
-    What the launches under the context write must be allocated before `beside`, and kept until its end: the allocator
-    takes memory allocated under it for the second stream's alone, and memory allocated or freed outside it within may
-    be touched by the first stream at any time. On CPU (the interpreter) everything runs in order.
+    What the launches under it read must be there before `beside`, what they write be allocated before it, and both be
+    kept, and left alone by the first stream, to its end. Nothing may be allocated under the context: the allocator would
+    take it for the second stream's alone. On CPU (the interpreter) everything runs in order.
     """
     if not x.is_cuda:
         yield nullcontext()

@@ -98,7 +98,10 @@ class Conv(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """What only the forward computes: G [NC, H, C], factors [NC, H, 2, C, 2] fp32, Tb [NC, H, C, C]."""
+    """What only the forward computes: G [NC, H, C], factors [NC, H, 2, C, 2] fp32, Tb [NC, H, C, C].
+
+    factors: of each token (-exp(G), beta), and then of each (exp(G_C - G), scale exp(G)).
+    """
 
     G: Tensor
     factors: Tensor
@@ -346,7 +349,7 @@ def adjoint_scan(
 
 
 class QueryGradient(NamedTuple):
-    """dq [B, T, H, K] before normalisation, dP [NC, H, C, C], gradient of G through both [NC, H, C] fp32."""
+    """dq [B, T, H, K] before normalisation, dP [NC, H, C, C], gradient of G through scores and output [NC, H, C] fp32."""
 
     dq: Tensor
     dP: Tensor
@@ -409,10 +412,12 @@ def gradients(
     adjoint = new_adjoint(problem, made, want_dinitial)
     inverse = InverseGradient(torch.empty_like(made.P), torch.empty_like(solved.G))
     with beside(do) as second:
+        # In this order: with CUDA_DEVICE_MAX_CONNECTIONS=1 a launch waits for all that were made before it to start.
         with second:
             adjoint_scan(problem, made, solved, do, dfinal, adjoint)
-            inverse_gradient(problem, made, solved, states, adjoint.dr, inverse, db)
         query = query_gradient(problem, made, solved, states, do)
+        with second:
+            inverse_gradient(problem, made, solved, states, adjoint.dr, inverse, db)
     dq, dk = query.dq, torch.empty_like(query.dq)
     partial = torch.empty(2, H, layout.num_chunks, dtype=torch.float32, device=dq.device)
     launch = launch_for("key_gradient", K, V)

@@ -153,8 +153,7 @@ def diagonal_kernel(
     """Inverse of one 32 x 32 diagonal block of I + N diag(beta), for one warp: nothing here waits for another warp.
 
     Forward substitution in two 16 x 16 blocks, then their merge. A Neumann series over the whole chunk would overflow
-    for correlated keys with beta near 2. diagonal_out is [NC, H, 2, 32, 32], fp16 for
-    16-bit inputs.
+    for correlated keys with beta near 2. diagonal_out is [NC, H, 2, 32, 32], fp16 for 16-bit inputs.
     """
     half = tl.program_id(0) % 2
     i_h = (tl.program_id(0) // 2) % H
@@ -270,7 +269,7 @@ def prepare_kernel(
         store_state(P_out + chunk * C * C, P * decay * scale, 0, 0, C, C, C, C)
     if SOLVE:
         M = (tl.dot(k0, tl.trans(k0)) + tl.dot(k1, tl.trans(k1))) * decay * beta[None, :]
-        # In fp16, which is as fine as tf32 and takes half the shared memory; |X_ij| and |M_ij| are at most 2.
+        # In fp16, which is as fine as tf32 and takes half the shared memory; for unit keys |X_ij|, |M_ij| <= 2.
         M = tl.where(i // 32 > j // 32, M, 0.0).to(diagonal_in.dtype.element_ty)
         blocks = diagonal_in + chunk * 2048 + i * 32 + j % 32
         X = tl.load(blocks, mask=i // 32 == j // 32, other=0.0)

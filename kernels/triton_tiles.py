@@ -183,7 +183,7 @@ def store_state_fp32(
 
 
 # The scans take four numbers of each token, made once by the prepare kernel, two and two. C numbers by themselves would
-# be fetched by every thread of a product for itself; 2 C are more than there are threads, and each fetches one.
+# be fetched by every thread of a product for itself; 2 C are as many as four warps have threads, and each fetches one.
 
 
 @triton.jit

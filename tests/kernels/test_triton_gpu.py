@@ -141,24 +141,28 @@ def test_dense(T: int) -> None:
     check(delta_inputs(2 if T < 8191 else 1, T, MODEL))
 
 
-@pytest.mark.parametrize(
+POLICIES = pytest.mark.parametrize(
     "kept",
     [{"states_every": 0}, {"states_every": 1}, {"states_every": 4}, {"keep_intermediates": True}],
     ids=["every0", "every1", "every4", "all"],
 )
+
+
+@POLICIES
 def test_packed(kept: dict[str, Any]) -> None:
     inputs = delta_inputs(1, sum(DOCUMENTS), MODEL, N=len(DOCUMENTS))
     check(inputs, cumulative(DOCUMENTS), besides=("A_log", "dt_bias"), **kept)
 
 
-def test_gate_parameters_over_inputs() -> None:
+@POLICIES
+def test_gate_parameters_over_inputs(kept: dict[str, Any]) -> None:
     """A_log and dt_bias: one number a head, a sum over all tokens that nearly cancels. The relative error of one input
     is 0.0004 to 0.03, so it is the RMS over many that says something."""
     errors: dict[str, list[float]] = {"A_log": [], "dt_bias": []}
     for seed in range(0, 2400, 100):
         inputs = delta_inputs(1, sum(DOCUMENTS), MODEL, N=len(DOCUMENTS), seed=seed)
         with launches():
-            actual = run("triton", inputs, seed, cu_seqlens=cumulative(DOCUMENTS))
+            actual = run("triton", inputs, seed, cu_seqlens=cumulative(DOCUMENTS), **kept)
         expected = run("reference", inputs, seed, cu_seqlens=cumulative(DOCUMENTS))
         for name, found in errors.items():
             found.append(relative(actual[name], expected[name]))

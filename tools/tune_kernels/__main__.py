@@ -4,7 +4,8 @@
            entry, for Hopper (sm_90) and Blackwell (sm_100)
 otherwise  needs the GPU to tune for: times configurations kernel by kernel, each kernel by itself, keeps the fastest
            of those with which everything agrees with the reference and gives the same bits twice, and prints an entry
-           for kernels/configs.py
+           for kernels/configs.py. The adjoint scan and query_gradient run beside each other in training: where the two
+           fastest do not fit one multiprocessor together, others may be faster there
 """
 
 from __future__ import annotations
