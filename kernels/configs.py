@@ -65,8 +65,8 @@ TABLE: dict[tuple[str, str, int, int], Entry] = {
         "inverse_gradient": Launch(4, 1, 64, 160),
         "key_gradient": Launch(8, 3, 64, 128),
     },
-    # NVIDIA H100, 2026-11-25, chosen while others used that GPU: not much slower than the best. 128/128 again on an H200,
-    # 2026-11-28.
+    # NVIDIA H100, 2026-11-25, chosen while others used that GPU: not much slower than the best. 128/128 checked again
+    # on an H200, 2026-11-28.
     ("sm_90", "3.6", 128, 256): DEFAULTS
     | {
         "scan": Launch(4, 3, 64),

@@ -20,9 +20,9 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 def beside(x: Tensor) -> Iterator[AbstractContextManager[object]]:
     """Within, launches under the context given run beside those outside it; afterwards both have been waited for.
 
-    What the launches under it read must be there before `beside`, what they write be allocated before it, and both be
-    kept, and left alone by the first stream, to its end. Nothing may be allocated under the context: the allocator would
-    take it for the second stream's alone. On CPU (the interpreter) everything runs in order.
+    What the launches under it read must be there before `beside`, what they write be allocated before it, and both
+    be kept, and left alone by the first stream, to its end. Nothing may be allocated under the context: the allocator
+    would take it for the second stream's alone. On CPU (the interpreter) everything runs in order.
     """
     if not x.is_cuda:
         yield nullcontext()

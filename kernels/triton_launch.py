@@ -349,7 +349,7 @@ def adjoint_scan(
 
 
 class QueryGradient(NamedTuple):
-    """dq [B, T, H, K] before normalisation, dP [NC, H, C, C], gradient of G through scores and output [NC, H, C] fp32."""
+    """dq [B, T, H, K] before normalisation, dP [NC, H, C, C], gradient of G by scores and output [NC, H, C] fp32."""
 
     dq: Tensor
     dP: Tensor
