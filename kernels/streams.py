@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 @cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """That of a device."""
     # What is launched here begins long and narrow: it gets its multiprocessors first, the wide one beside it the rest.
     return torch.cuda.Stream(device, priority=-1)
 
@@ -27,7 +28,7 @@ def beside(x: Tensor) -> Iterator[AbstractContextManager[object]]:
     if not x.is_cuda:
         yield nullcontext()
         return
-    current, second = torch.cuda.current_stream(x.device), _second_stream(x.device)
+    current, second = torch.cuda.current_stream(x.device), second_stream(x.device)
     second.wait_stream(current)
     try:
         yield torch.cuda.stream(second)

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_hybrid.kernels import gated_delta, reference
 from megatron_hybrid.kernels.configs import TABLE, current_key, trial
 from megatron_hybrid.kernels.self_test import self_test
+from megatron_hybrid.kernels.streams import second_stream
 
 pytestmark = [
     pytest.mark.gpu,
@@ -152,6 +153,22 @@ POLICIES = pytest.mark.parametrize(
 def test_packed(kept: dict[str, Any]) -> None:
     inputs = delta_inputs(1, sum(DOCUMENTS), MODEL, N=len(DOCUMENTS))
     check(inputs, cumulative(DOCUMENTS), besides=("A_log", "dt_bias"), **kept)
+
+
+@pytest.mark.parametrize("late", ["first", "second"])
+def test_neither_stream_runs_ahead(late: str) -> None:
+    """The same bits when what a backward pass launches on one of its two streams begins 20 ms late."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    inputs, own = delta_inputs(1, 200, MODEL), torch.cuda.Stream(device)
+    with launches():
+        expected = run("triton", inputs)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(own if late == "first" else second_stream(device)):
+            torch.cuda._sleep(40_000_000)  # clock cycles
+        with torch.cuda.stream(own):
+            actual = run("triton", inputs)
+        torch.cuda.synchronize()
+    assert_same_bits(expected, actual)
 
 
 @POLICIES
