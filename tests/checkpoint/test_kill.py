@@ -41,7 +41,7 @@ def _kill_at(count: int, folder: Path) -> None:
 
 
 def _save(root: Path, iteration: int) -> None:
-    """As Megatron's `save_checkpoint` does: data by `dist_checkpointing.save`, then the pointer."""
+    """As Megatron's `save_checkpoint` does: rank 0's folder, data by `dist_checkpointing.save`, then the pointer."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.training import checkpointing
 
@@ -49,7 +49,8 @@ def _save(root: Path, iteration: int) -> None:
     tensor = torch.full((4,), float(iteration))
     state = {"w": ShardedTensor.from_rank_offsets("w", tensor, (0, rank, ranks)), "iteration": iteration}
     folder = root / f"iter_{iteration:07d}"
-    folder.mkdir(exist_ok=True, parents=True)
+    if rank == 0:
+        folder.mkdir(exist_ok=True, parents=True)
     checkpointing.dist_checkpointing.save(state, str(folder), async_strategy="mcore")
     if rank == 0:
         with checkpointing.maybe_msc.open(checkpointing.get_checkpoint_tracker_filename(str(root)), "w") as handle:
