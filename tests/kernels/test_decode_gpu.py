@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,20 +10,12 @@ from tests.kernels.decoding import Sequence, check
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 #: y is rounded to bf16, 0.0017 RMS; the state is fp32 throughout: one rounded to bf16 would be off by as much.
 Y_BOUND, STATE_BOUND = 0.005, 1e-4
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """New tensors are full of NaN, so that an element nobody wrote is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"])

@@ -8,7 +8,7 @@ training runs, where the table has an entry for this GPU and these head sizes, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron_hybrid.kernels.streams import second_stream
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
@@ -34,15 +35,6 @@ HEAD = {"o": 2, "final": 1, "q": 2, "k": 2, "v": 2, "initial_state": 1, "a": 2, 
 MODEL = (4, 4, 96, 192)
 DOCUMENTS = (0, 1, 63, 64, 65, 0, 700, 129, 1, 0)
 Shape = tuple[int, int, int, int]  # Hk, H, K, V
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """New tensors are full of NaN, so that an element nobody wrote is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def rand(*shape: int, seed: int) -> Tensor:

@@ -98,6 +98,7 @@ class Driver:
                 self._finish(job, cell, Outcome(error="\n".join(errors)))
             else:
                 files = [self.folder / f"{cell.file}.{rank}.found" for rank in range(job.layout.ranks)]
+                # Pickles, but of this run's own processes and in its own folder.
                 self._finish(job, cell, Outcome([torch.load(file, weights_only=False) for file in files]))
                 for file in files:
                     file.unlink()
