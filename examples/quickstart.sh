@@ -3,7 +3,8 @@
 #
 #   bash examples/quickstart.sh [RUN_FOLDER]        # default runs/quickstart
 #
-# Two CPU ranks over gloo where there is no GPU, else the GPUs. Safe to run again: it starts over in its own folder.
+# Two CPU ranks over gloo where there is no GPU, else one GPU or two (not run). Safe to run again: it starts over in its
+# own folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${1:-runs/quickstart}
@@ -66,6 +67,10 @@ TRAIN=(
     --save "$RUN/checkpoints" --save-interval "$STOP"
     --tensorboard-dir "$RUN/tensorboard"
 )
+if [ "$GPUS" -gt 0 ]; then
+    say "--gdn-backend reference: the Triton kernels take bf16 and other head sizes than this fp32 model of 24/48"
+    TRAIN+=(--gdn-backend reference)
+fi
 train() {
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" \
         -m megatron_hybrid.pretrain "${TRAIN[@]}" "$@" 2>&1 | tool watch_training --log "$RUN/train.log"
@@ -92,7 +97,8 @@ reader = IndexedDatasetReader(f"{run}/data")
 tokens = next(torch.tensor(reader[i][:count].astype("int64")) for i in range(len(reader)) if len(reader[i]) >= count)
 save_file({"tokens": tokens[None]}, f"{run}/tokens.safetensors")
 PY
-"$PYTHON" -m megatron_hybrid.logits "${MODEL[@]}" --load "$RUN/checkpoints" \
+# On the CPU as transformers: Transformer Engine multiplies fp32 in TF32.
+CUDA_VISIBLE_DEVICES='' "$PYTHON" -m megatron_hybrid.logits "${MODEL[@]}" --load "$RUN/checkpoints" \
     --tokens "$RUN/tokens.safetensors" --output "$RUN/logits_megatron.safetensors" >>"$RUN/train.log" 2>&1 ||
     { say "error: the Megatron model could not be run; see the end of $RUN/train.log"; exit 1; }
 tool hf_logits --model "$RUN/huggingface" --tokens "$RUN/tokens.safetensors" \

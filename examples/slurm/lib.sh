@@ -243,6 +243,7 @@ build_environment() {
     local entry
     ON_NODE=(env "OMP_NUM_THREADS=$OMP_THREADS" CUDA_DEVICE_MAX_CONNECTIONS=1)
     ON_NODE+=("TRITON_CACHE_DIR=$NODE_LOCAL/triton-${USER:-user}")
+    [ "$GPUS_PER_NODE" != 0 ] || ON_NODE+=(CUDA_VISIBLE_DEVICES=) # a run without GPUs computes on CPUs, wherever it lands
     for entry in "${NCCL[@]}"; do ON_NODE+=("${entry%% because *}"); done
     ON_NODE+=(bash "$NODE_SCRIPT" run)
 }

@@ -238,6 +238,14 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Path, str
     return of
 
 
+def test_both_models_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    asks = "import os, sys; sys.exit(os.environ['CUDA_VISIBLE_DEVICES'] != '')"
+    verify_models._run("as a model", ["-c", asks])
+    with pytest.raises(ToolError, match="as a model failed with status 1"):
+        verify_models._run("as a model", ["-c", asks.replace("!=", "==")])
+
+
 FAULTS: dict[str, list[str]] = {
     "state forgotten every 64 tokens": ["logits, T=65", "logits, T=200", "logits, packed", "perplexity"],
     "packed documents see each other": ["logits, packed"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -101,7 +102,9 @@ def loadable(iteration_folder: Path, scratch: Path) -> Path:
 
 
 def _run(name: str, command: list[str]) -> None:
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    """On the CPU, also where there is a GPU: the kernels there take no fp32, and Transformer Engine rounds it to TF32."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise ToolError(f"{name} failed with status {done.returncode}: {lines[-1][:300] if lines else 'no message'}")
