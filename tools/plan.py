@@ -17,7 +17,7 @@ from megatron_hybrid.fp8 import RECIPES, possible
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.planning import hardware, memory, search, traffic
 from megatron_hybrid.planning.hardware import GPUS, RESERVED_GIB
-from megatron_hybrid.planning.job import Job, check_gpu, check_microbatches
+from megatron_hybrid.planning.job import Job, check_gpu, check_microbatches, kernel_warning
 from megatron_hybrid.planning.remedies import remedy
 from megatron_hybrid.planning.search import Found
 from megatron_hybrid.planning.timing import Measured
@@ -34,7 +34,7 @@ TOKENS_6T = 6e12
 
 
 def check_job(flags: Sequence[str], gpu_name: str, gpus: int) -> str:
-    """A short verdict on memory.
+    """A short verdict on memory, and below it a warning where no kernels are checked for these GPUs.
 
     Raises:
         FlagError: what cannot run on these GPUs, or does not fit; one line.
@@ -50,10 +50,11 @@ def check_job(flags: Sequence[str], gpu_name: str, gpus: int) -> str:
             f"--gpu {gpu_name}: {needed.total / memory.GIB:.1f} GiB {where}do not fit in {room:g} GiB ({needed}); "
             f"{remedy(job, room * memory.GIB)}"
         )
-    return (
+    verdict = (
         f"fits: TP {job.tp}, PP {job.pp}, CP {job.cp}, DP {job.dp} on {gpus} {gpu_name}, {job.microbatches} "
         f"microbatches; of {room:g} GiB {where}{needed}"
     )
+    return "\n".join(filter(None, (verdict, kernel_warning(job, gpu))))
 
 
 def search_report(flags: Sequence[str], gpu_name: str, gpus: int, costs: Path | None, top: int) -> str:
@@ -76,6 +77,7 @@ def search_report(flags: Sequence[str], gpu_name: str, gpus: int, costs: Path | 
         lines += [f"{name} on {gpus} {gpu_name}: {'the fastest that fit' if best else 'nothing fits'}"]
         lines += [*_table(best), "", *(_detail(best[0]) if best else ()), ""]
     times = "measured layer times" if measured else "published ceilings and shares of them (docs/planning.md)"
+    lines += filter(None, [kernel_warning(base, gpu)])
     return "\n".join([*lines, f"times are predictions from {times}; no step of several GPUs was measured against them"])
 
 

@@ -281,7 +281,10 @@ check_plan() {
             cd "$REPO" && "${command[@]}" 2>&1
         ); then
             problem "$NAME: $(sed -n 's/^error: //p' <<<"$said" | grep . || tail -n 1 <<<"$said")"
-        elif [ "$DRY_RUN" = yes ]; then echo "plan: $(head -n 1 <<<"$said")"; fi
+        else
+            [ "$DRY_RUN" = no ] || echo "plan: $(grep -m 1 . <<<"$said")"
+            sed -n "s/^warning: /warning: $NAME: /p" <<<"$said" >&2
+        fi
     done
 }
 

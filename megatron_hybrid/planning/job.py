@@ -15,7 +15,7 @@ from functools import cached_property
 from megatron_hybrid import flops, fp8
 from megatron_hybrid.flags import FlagError
 from megatron_hybrid.parallel import padded_sizes
-from megatron_hybrid.planning.hardware import Gpu
+from megatron_hybrid.planning.hardware import CHECKED_KERNELS, CHECKED_TRITON, Gpu
 
 _COUNTS = (
     *(("tensor-model-parallel-size", 1), ("pipeline-model-parallel-size", 1), ("context-parallel-size", 1)),
@@ -73,6 +73,7 @@ class Job:
     qk_norm: str = "full"
     norms: str = "released"
     gdn_exchange: str = "auto"
+    gdn_backend: str = "auto"
     local: bool = False
 
     @classmethod
@@ -121,6 +122,7 @@ class Job:
             qk_norm=v.qk_norm_width,
             norms=v.norm_placement,
             gdn_exchange=v.gdn_cp_comm_type,
+            gdn_backend=v.gdn_backend,
             local=v.transformer_impl == "local",
         )
         check_fp8(job)
@@ -251,6 +253,28 @@ def check_gpu(job: Job, gpu: Gpu) -> None:
         nearest = [recipe for recipe in fp8.RECIPES if recipe in legal][-1]
         flag = "--fp4-format e2m1" if job.fp8 == "nvfp4" else f"--fp8-recipe {job.fp8}"
         raise FlagError(f"{flag}: not on {gpu.name}; nearest legal: {nearest}; legal: {', '.join(legal)}")
+    if _runs_triton(job) and not job.half:
+        raise FlagError(
+            f"--gdn-backend {job.gdn_backend}: on a GPU it takes bf16 or fp16; add --bf16, or take "
+            "--gdn-backend reference"
+        )
+
+
+def _runs_triton(job: Job) -> bool:
+    return "G" in job.layers and job.gdn_backend in ("auto", "triton")
+
+
+def kernel_warning(job: Job, gpu: Gpu) -> str:
+    """One line where training would be refused for want of checked kernels, else nothing."""
+    key_dim, value_dim = job.sizes.key_dim, job.sizes.value_dim
+    if not _runs_triton(job) or (gpu.capability, key_dim, value_dim) in CHECKED_KERNELS:
+        return ""
+    legal = ", ".join(f"{k}/{v} on sm_{major}{minor}" for (major, minor), k, v in sorted(CHECKED_KERNELS))
+    return (
+        f"warning: --gdn-backend {job.gdn_backend}: no checked kernels for K/V {key_dim}/{value_dim} on {gpu.name} "
+        f"(sm_{''.join(map(str, gpu.capability))}): training is refused there until kernels/configs.py has the entry "
+        f"that tools.tune_kernels prints, or takes --gdn-backend reference; checked (triton {CHECKED_TRITON}): {legal}"
+    )
 
 
 def check_fp8(job: Job) -> None:
@@ -292,6 +316,7 @@ def _peek(flags: Sequence[str]) -> argparse.Namespace:
     for name, text in (
         *(("hybrid-layer-pattern", ""), ("position-embedding-type", "learned_absolute"), ("qk-norm-width", "full")),
         *(("norm-placement", "released"), ("gdn-cp-comm-type", "auto"), ("transformer-impl", "transformer_engine")),
+        ("gdn-backend", "auto"),
         *(
             ("fp4-format", ""),
             ("fp8-format", ""),

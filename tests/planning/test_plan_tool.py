@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hybrid.planning import hardware
 from megatron_hybrid.planning.job import Job
 from megatron_hybrid.tools import plan
 
@@ -49,6 +50,10 @@ def _run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         ),
         ("--fp8-format hybrid --ffn-hidden-size 11000", "the MLP (--ffn-hidden-size, columns of linear_fc2) has 11000"),
         ("", "--gpu H100: 81."),
+        (
+            "--without bf16",
+            "--gdn-backend auto: on a GPU it takes bf16 or fp16; add --bf16, or take --gdn-backend reference",
+        ),
         ("--micro-batch-size x", "--micro-batch-size x: must be a whole number"),
         ("--micro-batch-sise 4", "--micro-batch-sise: no such flag; nearest: --micro-batch-size"),
         (
@@ -66,6 +71,35 @@ def test_check_refuses(given: str, said: str, capsys: pytest.CaptureFixture[str]
     status, out, err = _run(capsys, "check", *H100, "--", *given.split())
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "flags", "warned"),
+    [
+        ("H100", "--preset olmo-hybrid-7b --tensor-model-parallel-size 2 --sequence-parallel", ""),
+        ("B200", "--preset olmo-hybrid-7b", "no checked kernels for K/V 96/192 on B200 (sm_100)"),
+        ("H200", "--preset olmo-hybrid-tiny --bf16", "no checked kernels for K/V 24/48 on H200 (sm_90)"),
+        ("B200", "--preset olmo-hybrid-7b --gdn-backend reference", ""),
+        ("B200", "--preset olmo3-7b", ""),
+    ],
+)
+def test_check_warns_where_no_kernels_are_checked(
+    gpu: str, flags: str, warned: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpus = "2" if "tiny" in flags else "512"
+    status, out, _ = _run(capsys, "check", "--gpu", gpu, "--gpus", gpus, "--", *flags.split())
+    first, _, rest = out.strip().partition("\n")
+    assert status == 0 and first.startswith("fits: ") and "\n" not in rest
+    assert rest.startswith("warning: ") and warned in rest if warned else not rest
+
+
+def test_checked_kernels_are_those_of_the_table() -> None:
+    from megatron_hybrid.kernels.configs import TABLE
+
+    named = {
+        (f"sm_{major}{minor}", hardware.CHECKED_TRITON, *dims) for (major, minor), *dims in hardware.CHECKED_KERNELS
+    }
+    assert named == set(TABLE)
 
 
 def test_search_says_when_nothing_divides(capsys: pytest.CaptureFixture[str]) -> None:

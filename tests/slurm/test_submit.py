@@ -66,6 +66,8 @@ def test_env_files_pass_and_their_flags_are_megatrons(
     assert done.returncode == 0, done.stdout + done.stderr
     names = {line.removeprefix("== ") for line in done.stdout.splitlines() if line.startswith("== ")}
     assert len(names) == len(ENV_FILES) and done.stdout.count("plan: fits") == 13
+    warned = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 1 and "7b-b200: --gdn-backend auto: no checked kernels" in warned[0]
     (pretrain,) = [words for words in _commands(done.stdout, "sbatch") if "--job-name=7b" in words]
     assert "--nodes=65" in pretrain and "--signal=B:USR1@900" in pretrain
     steps = [words for words in _commands(done.stdout, "srun") if "megatron_hybrid.pretrain" in words]

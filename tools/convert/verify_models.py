@@ -102,7 +102,7 @@ def loadable(iteration_folder: Path, scratch: Path) -> Path:
 
 
 def _run(name: str, command: list[str]) -> None:
-    """On the CPU, also where there is a GPU: the kernels there take no fp32, and Transformer Engine rounds it to TF32."""
+    """On the CPU, also where there is a GPU: kernels there take no fp32, and Transformer Engine rounds it to TF32."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
     if done.returncode:
