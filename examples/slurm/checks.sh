@@ -216,10 +216,25 @@ check_start() {
     done
 }
 
+#: Flags that stand in the place of DATA.
+DATA_FLAGS=(--instance-data --per-split-data-args-path --data-args-path)
+
+# The one that FLAGS holds, if any.
+data_flag() {
+    local flag
+    for flag in "${DATA_FLAGS[@]}"; do
+        [[ " ${FLAGS[*]} " != *[[:space:]]"$flag"[[:space:]=]* ]] || { echo "$flag" && return; }
+    done
+}
+
 check_data() {
-    local word suffix
-    [ "${#DATA[@]}" -gt 0 ] || [[ " ${FLAGS[*]} " == *' --instance-data '* ]] ||
-        problem 'DATA: missing; prefixes of .bin/.idx files, mock, or --instance-data in FLAGS'
+    local word suffix flag
+    flag=$(data_flag)
+    if [ -n "$flag" ]; then
+        [ "${#DATA[@]}" -eq 0 ] || problem "DATA: FLAGS names data too ($flag); leave one of them out"
+    elif [ "${#DATA[@]}" -eq 0 ]; then
+        problem "DATA: missing; prefixes of .bin/.idx files, mock, or one of ${DATA_FLAGS[*]} in FLAGS"
+    fi
     for word in "${DATA[@]}"; do
         [[ $word != mock && ! $word =~ ^[0-9.eE-]+$ ]] || continue
         [[ $word == /* ]] || { problem "DATA: $word: must be an absolute path"; continue; }
@@ -242,7 +257,8 @@ check_flags() {
             *"|"*) [[ "|$kind|" == *"|$word|"* ]] || problem "FLAGS: $flag $word: legal: ${kind//|/, }" ;;
             '') problem "FLAGS: $word: a value without a flag before it" ;;
             esac
-            [[ $flag != --instance-data || $word != /* || -e $word ]] || problem "FLAGS: $flag $word: does not exist"
+            [[ " ${DATA_FLAGS[*]} " != *" $flag "* || $word != /* || -e $word ]] || is_promised "$word" ||
+                problem "FLAGS: $flag $word: does not exist"
             continue
         fi
         flag=${word%%=*}

@@ -33,7 +33,7 @@ SETTINGS=(
     'PRESET          word    -    of megatron_hybrid.pretrain'
     'ARRAY           list    -    presets instead of one: a job array, each in RUN/PRESET'
     'FLAGS           list    -    of megatron_hybrid.pretrain'
-    'DATA            list    -    --data-path: prefixes, or weights and prefixes; mock: --mock-data'
+    'DATA            list    -    --data-path: prefixes, or weights and prefixes; mock: --mock-data; or data flags in FLAGS'
     'TOKENIZER       file    -    tokenizer.json folder or tokenizer.model file'
     'TOKENIZER_TYPE  word    HuggingFaceTokenizer    --tokenizer-type'
     'START           scratch|continue|from scratch   random weights; what RUN has; the weights of FROM'
@@ -216,8 +216,9 @@ build_training_flags() {
     case ${DATA[*]} in
     '') ;;
     mock) TRAIN+=(--mock-data) ;;
-    *) TRAIN+=(--data-path "${DATA[@]}" --data-cache-path "$RUN/cache") ;;
+    *) TRAIN+=(--data-path "${DATA[@]}") ;;
     esac
+    [ "${DATA[*]}" = mock ] || TRAIN+=(--data-cache-path "$RUN/cache")
     TRAIN+=("${FLAGS[@]}")
 }
 

@@ -190,6 +190,28 @@ def test_a_stage_needs_what_is_before_it(site: Path) -> None:
     shutil.rmtree(site.parent / "runs" / "7b")
 
 
+def test_data_that_a_run_before_makes_and_those_of_a_mix(site: Path, tmp_path: Path) -> None:
+    """docs/launching.md's env file; a file of tools.mix in the place of DATA; not both."""
+    text = (ROOT / "docs" / "launching.md").read_text().split("my-7b.env\n")[1]
+    lines = [
+        f"source {CHAIN[0]}",
+        *(line.strip() for line in text.split("\n\n")[0].splitlines() if "source" not in line),
+    ]
+    made = write_env(tmp_path / "made.env", lines, {})
+    done = submit("--dry-run", "--site", site, SLURM / "env" / "data.env", made)
+    assert done.returncode == 0, done.stderr
+    (step,) = [words for words in _commands(done.stdout, "srun") if "megatron_hybrid.pretrain" in words]
+    assert step[step.index("--instance-data") + 1] == f"{site.parent}/tokens/data" and "--data-path" not in step
+    assert step[step.index("--data-cache-path") + 1] == f"{site.parent}/runs/7b/cache"
+    done = submit("--dry-run", "--site", site, made, "--", "--lr", "1e-4")
+    assert done.returncode == 2 and "tokens/data: does not exist" in done.stderr
+    (tmp_path / "pretrain.data_args.json").touch()
+    lines = [f"source {CHAIN[0]}", "DATA=()", f"FLAGS+=(--per-split-data-args-path {tmp_path}/pretrain.data_args.json)"]
+    assert submit("--dry-run", "--site", site, write_env(tmp_path / "mix.env", lines, {})).returncode == 0
+    done = submit("--dry-run", "--site", site, write_env(tmp_path / "both.env", [lines[0], lines[2]], {}))
+    assert done.returncode == 2 and "DATA: FLAGS names data too (--per-split-data-args-path)" in done.stderr
+
+
 def test_settings_do_not_come_from_the_environment(site: Path) -> None:
     environment = os.environ | {"EXCLUDE_NODES": "n7", "RANKS_PER_NODE": "4", "NCCL": "NCCL_DEBUG=INFO"}
     done = submit("--dry-run", "--site", site, CHAIN[0], environment=environment)
