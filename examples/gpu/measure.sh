@@ -19,7 +19,7 @@ for PART in "${PARTS[@]}"; do
     *) echo "error: $PART: no such part; legal: check, acceptance, bench, bench:GROUP" >&2 && exit 2 ;;
     esac
 done
-PYTHON=${PYTHON:-python3} STATUS=0
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)} STATUS=0
 STARTED=$(date +%s)
 left() { echo $((BUDGET - ($(date +%s) - STARTED))); }
 say() { printf '\n[%s s] %s\n' "$(($(date +%s) - STARTED))" "$*"; }

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 FOLDER=${1:?folder to make}
-PYTHON=${PYTHON:-.venv/bin/python}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 mkdir -p "$FOLDER"
 tool() { "$PYTHON" -m "megatron_hybrid.tools.$1" "${@:2}"; }
 tool gather_corpus --output "$FOLDER/corpus.jsonl.zst" --max-mb 30

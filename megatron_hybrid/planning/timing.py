@@ -20,8 +20,10 @@ from megatron_hybrid.planning.job import Job
 #: casts) and flash attention, guessed for elementwise kernels and collectives.
 GEMM_BF16, GEMM_FP8, ATTENTION, BANDWIDTH, COLLECTIVE = 0.68, 0.52, 0.49, 0.8, 0.8
 
-#: Seconds of a Gated DeltaNet mixer core, forward and forward + backward: 8,192 tokens, 30 heads, K 96, V 192 on an
-#: H100 (docs/kernels.md). Other sizes by tokens and state, other GPUs by memory bandwidth: neither was measured.
+#: Seconds of a Gated DeltaNet mixer core, forward + backward and forward: 8,192 tokens, 30 heads, K 96, V 192, on an
+#: H100 on 2026-11-25, by kernels since replaced. The first is 66.0 ms of 24 of them in a training step
+#: (docs/measurements/2026-11-25-profile-h100.json), of the second no record was kept. Other sizes by tokens and state,
+#: other GPUs by memory bandwidth: for an H200 that gives 1.92 and 0.51 ms, docs/kernels.md has 2.11 and 0.55 since.
 MIXER_S, MIXER_FORWARD_S = 2.75e-3, 0.725e-3
 _MIXER_WORK, _MIXER_HBM = 8192 * 30 * 96 * 192, 3350
 
