@@ -15,7 +15,7 @@ SETTINGS=(
     'NODES           pint    1    nodes of the training step'
     'SPARE_NODES     int     0    nodes more, for those that fail the pre-check'
     'GPU             H100|H200|B200|GB200|none -  kind of GPU; none trains on CPUs over gloo'
-    'GPUS_PER_NODE   int     8    0 with GPU=none'
+    'GPUS_PER_NODE   int     8    0 with GPU=none; then GPUs that a node has are hidden'
     'RANKS_PER_NODE  int     0    processes on a node; 0: one for each GPU'
     'CPUS_PER_TASK   pint    1    CPU cores of a node that the job gets'
     'OMP_THREADS     int     0    OMP_NUM_THREADS of each process; 0: 8, or its share of CPUS_PER_TASK if that is less'

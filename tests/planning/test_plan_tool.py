@@ -93,6 +93,12 @@ def test_check_warns_where_no_kernels_are_checked(
     assert rest.startswith("warning: ") and warned in rest if warned else not rest
 
 
+def test_check_prints_what_the_guide_says(capsys: pytest.CaptureFixture[str]) -> None:
+    block = (ROOT / "docs" / "planning.md").read_text().split("tools.plan check ")[1].split("Exit status")[0]
+    command, said = block.split("\n\n")[:2]
+    assert _run(capsys, "check", *command.replace("\\", "").split())[1].split() == said.split()
+
+
 def test_checked_kernels_are_those_of_the_table() -> None:
     from megatron_hybrid.kernels.configs import TABLE
 

@@ -226,6 +226,8 @@ def test_nodes_that_failed_lately_are_left_out(tmp_path: Path) -> None:
     done = submit("--dry-run", "--site", site, training(tmp_path, "late", 4, 10), "EXCLUDE_NODES=n[7-9]")
     (words,) = _commands(done.stdout, "sbatch")
     assert "--exclude=n[7-9],n2,n3" in words, done.stderr
+    (step,) = _commands(done.stdout, "srun")
+    assert "CUDA_VISIBLE_DEVICES=" in step  # GPU=none: also on a node that has some
 
 
 def test_container_and_nccl_are_in_the_command(site: Path, tmp_path: Path) -> None:
