@@ -22,6 +22,7 @@ from megatron_hybrid.fp8 import check_widths
 from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
 from megatron_hybrid.modules.cross_entropy import chunked_token_losses, token_losses
 from megatron_hybrid.modules.init import use_olmo_init
+from megatron_hybrid.modules.parameter_gather import wait_for_parameters
 from megatron_hybrid.modules.recompute import allowing_norm_out
 from megatron_hybrid.modules.weight_gradient import stand_in_for_apex
 from megatron_hybrid.parallel.head_padding import (
@@ -71,6 +72,7 @@ class OlmoHybridModel(HybridModel):
             hidden = super().forward(*args, **kwargs)
         finally:
             self.post_process = True
+        wait_for_parameters(self.output_layer)
         group, weight = self.pg_collection.tp, self.output_layer.weight
         mapping = gather_from_sequence_parallel_region
         hidden = (mapping if self.config.sequence_parallel else copy_to_tensor_model_parallel_region)(
