@@ -56,6 +56,7 @@ class OlmoHybridModel(HybridModel):
         """vocab_size: rows of the embedding and of the output layer, as stored; padded here."""
         padded = rounded_up(vocab_size, config.tensor_model_parallel_size, ALIGNMENT)
         super().__init__(config, hybrid_stack_spec, padded, *args, **kwargs)
+        self.vocabulary_rows = vocab_size
         rows = [Part(vocab_size, padded)]
         if self.pre_process:
             describe_split(self.embedding.word_embeddings.weight, rows, self.pg_collection.tp)
