@@ -226,6 +226,10 @@ def _check_machine(args: argparse.Namespace) -> None:
             "--recompute-modules layernorm: Megatron's needs Transformer Engine, which does not run here; "
             "legal: core_attn, mlp, gdn_norm_out"
         )
+    if args.fp32_residual_connection and args.transformer_impl == "local":
+        raise FlagError(
+            "--fp32-residual-connection: needs Transformer Engine's norms, which do not run here; leave it out"
+        )
     if args.position_embedding_type == "yarn" and args.apply_rope_fusion and args.rotary_scaling_factor > 1:
         raise FlagError(
             "--position-embedding-type yarn: fused rotary embeddings leave out its attention factor; "

@@ -117,6 +117,10 @@ def test_help_all_lists_megatrons_and_the_plugins_flags(capsys: pytest.CaptureFi
             ["--spec", "megatron_hybrid.layer_specs.nothing", "x"],
             "--spec megatron_hybrid.layer_specs.nothing x: no such",
         ),
+        (
+            ["--bf16", "--fp32-residual-connection", "--norm-placement", "pre"],
+            "--fp32-residual-connection: needs Transformer Engine's norms",
+        ),
         (["--padded-vocab-size", "98"], "--padded-vocab-size 98: the tokenizer has 99 ids, and those without a row"),
     ],
 )
