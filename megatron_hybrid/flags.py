@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megatron_hybrid import architecture, fp8
+from megatron_hybrid import architecture, fp8, refusals
 from megatron_hybrid.config import KEEPS_STATES
 from megatron_hybrid.presets import NAMES, PRESETS, FlagValue
 from megatron_hybrid.tools.cli import Parser as Parser  # for commands outside tools/
@@ -210,7 +210,7 @@ def check(flags: Sequence[str]) -> None:
             name = "context-parallel-size" if flag == "context" else f"{flag}-model-parallel-size"
             raise FlagError(f"--{name} {size}: must be at least 1; nearest legal: 1")
     _check_pattern(values)
-    for problem in architecture.problems(flags):
+    for problem in (*refusals.problems(flags), *architecture.problems(flags)):
         raise FlagError(problem)
     _check_heads(values)
     _check_tensor_parallel(values)

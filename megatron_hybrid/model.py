@@ -22,6 +22,7 @@ from megatron_hybrid.fp8 import check_widths
 from megatron_hybrid.layer_specs.olmo_hybrid import build_stack_spec
 from megatron_hybrid.modules.cross_entropy import chunked_token_losses, token_losses
 from megatron_hybrid.modules.init import use_olmo_init
+from megatron_hybrid.modules.parameter_gather import wait_for_parameters
 from megatron_hybrid.modules.recompute import allowing_norm_out
 from megatron_hybrid.modules.weight_gradient import stand_in_for_apex
 from megatron_hybrid.parallel.head_padding import (
@@ -55,6 +56,7 @@ class OlmoHybridModel(HybridModel):
         """vocab_size: rows of the embedding and of the output layer, as stored; padded here."""
         padded = rounded_up(vocab_size, config.tensor_model_parallel_size, ALIGNMENT)
         super().__init__(config, hybrid_stack_spec, padded, *args, **kwargs)
+        self.vocabulary_rows = vocab_size
         rows = [Part(vocab_size, padded)]
         if self.pre_process:
             describe_split(self.embedding.word_embeddings.weight, rows, self.pg_collection.tp)
@@ -71,6 +73,7 @@ class OlmoHybridModel(HybridModel):
             hidden = super().forward(*args, **kwargs)
         finally:
             self.post_process = True
+        wait_for_parameters(self.output_layer)
         group, weight = self.pg_collection.tp, self.output_layer.weight
         mapping = gather_from_sequence_parallel_region
         hidden = (mapping if self.config.sequence_parallel else copy_to_tensor_model_parallel_region)(

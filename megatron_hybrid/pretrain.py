@@ -226,9 +226,9 @@ def _check_machine(args: argparse.Namespace) -> None:
             "--recompute-modules layernorm: Megatron's needs Transformer Engine, which does not run here; "
             "legal: core_attn, mlp, gdn_norm_out"
         )
-    if args.attention_dropout and args.transformer_impl == "local":
+    if args.fp32_residual_connection and args.transformer_impl == "local":
         raise FlagError(
-            f"--attention-dropout {args.attention_dropout}: needs Transformer Engine, which does not run here; legal: 0"
+            "--fp32-residual-connection: needs Transformer Engine's norms, which do not run here; leave it out"
         )
     if args.position_embedding_type == "yarn" and args.apply_rope_fusion and args.rotary_scaling_factor > 1:
         raise FlagError(
@@ -288,13 +288,22 @@ def _set_vocabulary(args: argparse.Namespace, flags: Sequence[str]) -> None:
     """Rows of the vocabulary matrices: Megatron multiplies the divisor by the tensor-parallel size, which is undone.
 
     The model must not depend on how it is split; the padding that tensor parallelism needs is not part of it.
+
+    Raises:
+        FlagError: fewer rows than the tokenizer has ids.
     """
     from megatron.training import get_tokenizer
 
+    ids, multiple = get_tokenizer().vocab_size, args.make_vocab_size_divisible_by
+    enough = -(-ids // multiple) * multiple
     given = any(word.split("=")[0] == "--padded-vocab-size" for word in flags)
+    if given and args.padded_vocab_size < ids:
+        raise FlagError(
+            f"--padded-vocab-size {args.padded_vocab_size}: the tokenizer has {ids} ids, and those without a row would "
+            f"be embedded as zeros; nearest legal: {enough}"
+        )
     if not given and args.padded_vocab_size is not None:
-        multiple = args.make_vocab_size_divisible_by
-        args.padded_vocab_size = -(-get_tokenizer().vocab_size // multiple) * multiple
+        args.padded_vocab_size = enough
 
 
 def _say_what_is_padded(args: argparse.Namespace) -> None:

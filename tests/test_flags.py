@@ -117,7 +117,11 @@ def test_help_all_lists_megatrons_and_the_plugins_flags(capsys: pytest.CaptureFi
             ["--spec", "megatron_hybrid.layer_specs.nothing", "x"],
             "--spec megatron_hybrid.layer_specs.nothing x: no such",
         ),
-        (["--attention-dropout", "0.1"], "--attention-dropout 0.1: needs Transformer Engine"),
+        (
+            ["--bf16", "--fp32-residual-connection", "--norm-placement", "pre"],
+            "--fp32-residual-connection: needs Transformer Engine's norms",
+        ),
+        (["--padded-vocab-size", "98"], "--padded-vocab-size 98: the tokenizer has 99 ids, and those without a row"),
     ],
 )
 def test_what_is_refused_after_megatrons_parser_is_found_at_the_end(given: list[str], said: str) -> None:
@@ -147,11 +151,6 @@ def test_the_7b_preset_passes(tp: int) -> None:
 )
 def test_flags_of_the_architecture_that_pass(given: str) -> None:
     check(compose("olmo-hybrid-7b", [*given.split(), "--mock-data"]))
-
-
-def test_a_checkpoint_says_what_the_command_line_does_not() -> None:
-    sizes = "--hybrid-layer-pattern GGG* --hidden-size 64 --num-attention-heads 4 --mock-data"
-    check([*sizes.split(), "--use-checkpoint-args"])
 
 
 def test_unknown_preset_names_the_nearest() -> None:

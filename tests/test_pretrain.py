@@ -141,6 +141,13 @@ def test_a_launch_that_failed_before_it_saved_leaves_the_folder_free(data: Path,
     assert json.loads((folder / "megatron_hybrid.json").read_text())["hidden_size"] == 96
 
 
+def test_ids_without_a_row_end_the_run(data: Path, tmp_path: Path) -> None:
+    """The data have ids up to 498; on two tensor-parallel ranks those from 384 on would be embedded as zeros."""
+    smaller = ["--vocab-size", "300", "--tensor-model-parallel-size", "2"]
+    with pytest.raises(AssertionError, match=r"the data hold id 49\d, and the embedding has 384 rows"):
+        run_ranks(_train, 2, _arguments(data, tmp_path, *smaller))
+
+
 def _train_and_show_error(rank: int, arguments: list[str]) -> None:
     """The command's one line of stderr becomes the error that the parent sees."""
     import contextlib

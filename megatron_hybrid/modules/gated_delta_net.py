@@ -33,6 +33,7 @@ from megatron_hybrid.kernels.gated_delta import mixer_core
 from megatron_hybrid.modules.fp32_parameters import keeping_fp32, support_in_optimizers
 from megatron_hybrid.modules.init import Sampler, TruncatedNormal, init_sharded_, sample_a_log, sample_dt_bias
 from megatron_hybrid.modules.norms import HeadNorm, shared_by_heads
+from megatron_hybrid.modules.parameter_gather import wait_for_parameters
 from megatron_hybrid.modules.recompute import NORM_OUT, Recomputed
 from megatron_hybrid.parallel import state_passing
 from megatron_hybrid.parallel.head_exchange import check_heads, share, to_heads, to_tokens
@@ -266,6 +267,7 @@ class GatedDeltaNet(MegatronModule):
         self, projected: torch.Tensor, ab: torch.Tensor, packed_seq_params: PackedSeqParams | None
     ) -> torch.Tensor:
         """[s, b, 2·Hk·K + 2·H·V] and [s, b, 2·H] → [s, b, H·V], contiguous."""
+        wait_for_parameters(self.conv1d, self.out_norm)
         projected, ab = projected.transpose(0, 1), ab.transpose(0, 1)
         if self.pg_collection.cp.size() > 1:
             y = self._context_parallel(projected, ab, packed_seq_params)

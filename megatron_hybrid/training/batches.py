@@ -19,20 +19,29 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "counted_mask", "position_ids")
 
 
 def next_batch(
-    batches: Iterator[Any] | None, device: torch.device, groups: ProcessGroupCollection, document_masking: bool = False
+    batches: Iterator[Any] | None,
+    device: torch.device,
+    groups: ProcessGroupCollection,
+    vocabulary_rows: int,
+    document_masking: bool = False,
 ) -> dict[str, Any]:
     """The next microbatch on `device`, this context-parallel rank's zigzag part of it.
 
     All None in pipeline stages between first and last, which get no data.
 
     Args:
+        vocabulary_rows: of the embedding, all ranks together.
         document_masking: position 0 in `position_ids` begins a document that sees no other; the rows become one packed
             row, and `packed_seq_params` describes it.
+
+    Raises:
+        ValueError: an id without a row.
     """
     if batches is None:
         return dict.fromkeys((*BATCH_KEYS, "packed_seq_params"))
     batch = next(batches)
     batch = {key: batch[key] for key in BATCH_KEYS if key in batch}
+    _refuse_unknown_ids(batch, vocabulary_rows)
     batch.setdefault("counted_mask", batch["loss_mask"])  # Megatron's datasets divide by what they train on
     if document_masking:
         return _packed_batch(batch, device, groups)
@@ -40,6 +49,16 @@ def next_batch(
     if groups.cp.size() > 1:
         batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=groups.cp)
     return {**batch, "packed_seq_params": None}
+
+
+def _refuse_unknown_ids(batch: dict[str, torch.Tensor], rows: int) -> None:
+    """Tensor-parallel ranks would embed such an id as zeros, and as a target give it no logit, without a word."""
+    largest = max(int(batch[key].max()) for key in ("tokens", "labels"))
+    if largest >= rows:
+        raise ValueError(
+            f"the data hold id {largest}, and the embedding has {rows} rows (--padded-vocab-size): give the tokenizer "
+            "that made the data, or prepare them again"
+        )
 
 
 def _packed_batch(

@@ -85,7 +85,8 @@ def forward_step(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if batches is not None and wait is not None:
         batches = wait.timed(batches)
-    batch = next_batch(batches, device, get_attr_wrapped_model(model, "pg_collection"), document_masking)
+    groups, rows = (get_attr_wrapped_model(model, name) for name in ("pg_collection", "vocabulary_rows"))
+    batch = next_batch(batches, device, groups, rows, document_masking)
     output = model(
         batch["tokens"],
         batch["position_ids"],
