@@ -79,6 +79,9 @@ def _optimizer(
     original: Callable[..., Any], options: HybridConfig, skip_step: SkipStep | None, health: Health | None
 ) -> Callable[..., Any]:
     def get_megatron_optimizer(config: Any, model_chunks: Any, config_overrides: Any = None, **kwargs: Any) -> Any:
+        # Else Transformer Engine's Adam holds the lower half of each fp32 master beside a bf16 weight, and Megatron
+        # saves those integers as if they were the master (modules/fp32_parameters.py).
+        config.store_param_remainders = False
         overrides = weight_decay.overrides(config_overrides, config, options.weight_decay_on)
         optimizer = original(config, model_chunks, config_overrides=overrides, **kwargs)
         if skip_step is not None:
