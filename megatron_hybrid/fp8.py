@@ -46,6 +46,11 @@ def alignment(recipe: str) -> int:
     return 32 if recipe in ("mxfp8", "nvfp4") else 16
 
 
+def recomputable(modules: Sequence[str], recipe: str) -> tuple[str, ...]:
+    """Those of --recompute-modules that Megatron takes with this recipe, "" for bf16."""
+    return tuple(name for name in modules if recipe != "delayed" or name != "layernorm")
+
+
 def check_flags(flags: Sequence[str]) -> None:
     """Refuse combinations that are known to go wrong, from the flags alone.
 
@@ -55,6 +60,7 @@ def check_flags(flags: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("fp8-format", "fp8-recipe", "fp4-format", "fp4-recipe", "transformer-impl"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--recompute-modules", nargs="*", default=())
     for name in _SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
     try:
@@ -88,6 +94,11 @@ def _problems(v: argparse.Namespace) -> Iterator[str]:
         yield (
             "--first-last-layers-bf16: not with --fp8-recipe delayed, whose scales are reduced for all layers at once; "
             "use tensorwise or blockwise"
+        )
+    if len(recomputable(v.recompute_modules, recipe)) < len(v.recompute_modules):
+        yield (
+            "--recompute-modules layernorm: Megatron refuses it with --fp8-recipe delayed; leave it "
+            "out, or use tensorwise or blockwise"
         )
     if recipe == "mxfp8" and v.fp8_format == "hybrid":
         yield "--fp8-format hybrid: gradients in E5M2 diverge with --fp8-recipe mxfp8; use --fp8-format e4m3"

@@ -22,6 +22,7 @@ REFUSED = {
     f"{FP8} custom": "legal: delayed, tensorwise, blockwise, mxfp8",
     f"{FP8} delayed --first-last-layers-bf16": "use tensorwise or blockwise",
     "--fp8-format hybrid --first-last-layers-bf16": "use tensorwise or blockwise",
+    f"{FP8} delayed --recompute-granularity selective --recompute-modules mlp layernorm": "Megatron refuses it with",
     f"{FP8} mxfp8": "use --fp8-format e4m3",
     f"{FP8} tensorwise --fp8-dot-product-attention": "--fp8-dot-product-attention: attention's core",
     f"{FP8} tensorwise --fp8-multi-head-attention": "--fp8-multi-head-attention: attention's core",

@@ -1,9 +1,9 @@
 """Whether the masters in a checkpoint's optimizer state are masters: fp32 numbers that round to the weights.
 
 With --use-precision-aware-optimizer they were not until training/hooks.py asked for whole ones: Transformer Engine's
-Adam kept the lower 16 bits of each master beside its bf16 weight, which Megatron stored as numbers from -32768 to 32767,
-and of fp32 parameters it stored the first value. Who continues from such state, or averages or exports it, gets another
-model without a word.
+Adam kept the lower 16 bits of each master beside its bf16 weight, which Megatron stored as numbers from -32768 to
+32767, and of fp32 parameters it stored the first value. Who continues from such state, or averages or exports it, gets
+another model without a word.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from functools import cache
 
 from megatron_hybrid import flops
 from megatron_hybrid.flags import FlagError
-from megatron_hybrid.fp8 import Fp8Error
+from megatron_hybrid.fp8 import Fp8Error, recomputable
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.planning import memory
 from megatron_hybrid.planning.hardware import RESERVED_GIB, Gpu
@@ -63,7 +63,7 @@ def search(base: Job, gpus: int, gpu: Gpu, fp8: Sequence[str], measured: Measure
             job = replace(split, fp8=recipe)
             if not _fits_fp8(job):
                 continue
-            for recompute in RECOMPUTE:
+            for recompute in (recomputable(modules, recipe) for modules in RECOMPUTE):
                 tried = replace(job, recompute=recompute, recompute_layers=1)
                 rank, needed = memory.fullest(tried)
                 if needed.total <= room:

@@ -27,8 +27,8 @@ def _rows() -> list[dict[str, Any]]:
 
 
 def _as_it_was(job: Job) -> Job:
-    """With the masters of that day: where Transformer Engine's Adam had them (bf16 and delayed), it kept 2 bytes of each
-    beside a bf16 weight. They are whole since then, as all of them are planned."""
+    """With the masters of that day: where Transformer Engine's Adam had them (bf16 and delayed), it kept 2 bytes of
+    each beside a bf16 weight. They are whole since then, as all of them are planned."""
     halves = job.moment_bytes == 4 and job.fp8 in ("", "delayed")
     return replace(job, master_bytes=2) if halves else job
 
