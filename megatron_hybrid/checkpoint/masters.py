@@ -58,6 +58,22 @@ def _said(checkpoint: TorchDistCheckpoint, found: str) -> str:
     )
 
 
+def never_from_weights(optimizer: Any) -> None:
+    """For a model whose parameters themselves are FP8 or FP4: Unloadable where Megatron would make masters of them.
+
+    It does so where a checkpoint's weights are loaded without its optimizer state, after they are rounded.
+    """
+
+    def reload_model_params(*_: Any, **__: Any) -> None:
+        raise Unloadable(
+            "--fp8-param-gather (or --fp4-param-gather): the fp32 masters would start as weights rounded to FP8, because "
+            "the checkpoint's optimizer state is not loaded, or there is none; leave the flag out until the run has "
+            "saved its first checkpoint, or load optimizer state too (--keep-moments; no --no-load-optim)"
+        )
+
+    optimizer.reload_model_params = reload_model_params
+
+
 def load(original: Callable[..., Any], state: Any, folder: Any, *args: Any, **kw: Any) -> Any:
     """Megatron's `dist_checkpointing.load`; Unloadable, on every rank, where it would load such optimizer state."""
     if "optimizer" in state and (found := fault(TorchDistCheckpoint(Path(str(folder))))):

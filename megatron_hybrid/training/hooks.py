@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from megatron_hybrid.checkpoint import masters
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.training import weight_decay
 from megatron_hybrid.training.health import Health
@@ -84,6 +85,8 @@ def _optimizer(
         config.store_param_remainders = False
         overrides = weight_decay.overrides(config_overrides, config, options.weight_decay_on)
         optimizer = original(config, model_chunks, config_overrides=overrides, **kwargs)
+        if any(chunk.config.fp8_param or chunk.config.fp4_param for chunk in model_chunks):
+            masters.never_from_weights(optimizer)
         if skip_step is not None:
             skip_step.attach(optimizer)
         if health is not None:

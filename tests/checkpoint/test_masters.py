@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_hybrid import pretrain
 from megatron_hybrid.checkpoint import commit, masters
 from megatron_hybrid.checkpoint.average import AverageOptions, average
 from megatron_hybrid.flags import KNOWN
@@ -135,3 +136,35 @@ def test_what_an_optimizer_saves_of_a_parameter() -> None:
     assert not states(torch.float32)(optimizer, bf16)["param"].any()
     with pytest.raises(RuntimeError, match="store_param_remainders = False"):
         states(torch.int16)(optimizer, bf16)
+
+
+def _with_fp8_parameters(rank: int, run: Path, flags: list[str]) -> int:
+    """As far as the optimizer is told: there are none without a GPU."""
+    provide = pretrain.provide_model
+
+    def model(*args: Any, **kwargs: Any) -> Any:
+        made = provide(*args, **kwargs)
+        made.config.fp8_param = True
+        return made
+
+    pretrain.provide_model = model
+    return train(rank, run, flags)
+
+
+def test_fp8_parameters_never_start_from_weights_alone(data: Path, trained: Path, tmp_path: Path) -> None:
+    """Their masters would be the weights rounded to FP8."""
+    saved = str(trained / "checkpoints")
+    average(AverageOptions((saved, saved), tmp_path / "mean", optimizer=False))
+
+    def status(name: str, *flags: str, work: Any = _with_fp8_parameters) -> int:
+        run = tmp_path / name
+        return run_ranks(work, 1, run, arguments(data, run, "--bf16", "--exit-interval", "3", *flags))[0]
+
+    first = ("--pretrained-checkpoint", saved, "--finetune", "--load")
+    assert status("stage", *first, str(tmp_path / "stage" / "checkpoints")) == 3
+    assert status("no optimizer", "--load", saved, "--no-load-optim") == 3
+    assert status("release", "--load", str(tmp_path / "mean")) == 3
+    assert status("in bf16", "--load", str(tmp_path / "mean"), work=train) == 0
+    assert status("moments kept", *first, str(tmp_path / "moments kept" / "checkpoints"), "--keep-moments") == 0
+    assert status("continued", "--load", saved) == 0
+    assert status("fresh") == 0
