@@ -10,13 +10,30 @@ from typing import Any
 import pytest
 
 from megatron_hybrid.flags import FlagError, check, compose
-from megatron_hybrid.fp8 import Fp8Error, check_args, check_widths
+from megatron_hybrid.fp8 import FLAGS_OF, Fp8Error, check_args, check_widths
 from megatron_hybrid.presets import PRESETS
 
 FP8 = "--fp8-format hybrid --fp8-recipe"
 REFUSED = {
     "--fp8-recipe blockwise": "without --fp8-format all runs in bf16",
+    "--fp8-recipe mxfp8": "add --fp8-format e4m3",
     "--fp8-param-gather": "there are no such parameters",
+    "--fp8-format hybrid --fp8-param-gather": "--fp8-param-gather: not with --fp8-recipe delayed",
+    f"{FP8} tensorwise --no-fp8-wgrad": "--no-fp8-wgrad: does nothing with tensorwise; it is for --fp8-recipe delayed",
+    f"{FP8} tensorwise --disable-fp8-wgrad": "--disable-fp8-wgrad: does nothing with tensorwise",
+    f"{FP8} tensorwise --fp8-margin 1": "--fp8-margin 1: does nothing with tensorwise",
+    "--fp8-format e4m3 --fp8-recipe blockwise --fp8-amax-history-len 16": "--fp8-amax-history-len 16: does nothing",
+    "--fp4-format e2m1 --fp8-amax-compute-algo max": "--fp8-amax-compute-algo max: does nothing with nvfp4",
+    "--fp8-amax-compute-algo max": "--fp8-amax-compute-algo max: does nothing without --fp8-format",
+    "--fp8-format hybrid --fp8-interval 2": "--fp8-interval 2: Transformer Engine ignores it",
+    f"{FP8} tensorwise --num-layers-at-end-in-bf16 2": "--num-layers-at-end-in-bf16 2: does nothing without "
+    "--first-last-layers-bf16",
+    "--num-layers-at-start-in-bf16 1": "--num-layers-at-start-in-bf16 1: does nothing without",
+    "--first-last-layers-bf16 --num-layers-at-start-in-bf16 1": "--first-last-layers-bf16: does nothing without",
+    "--cuda-graph-impl local": "--cuda-graph-impl local: CUDA graphs were not tried",
+    "--cuda-graph-impl=transformer_engine": "--cuda-graph-impl transformer_engine: ",
+    f"{FP8} tensorwise --enable-cuda-graph": "--enable-cuda-graph: CUDA graphs were not tried",
+    "--external-cuda-graph": "--external-cuda-graph: CUDA graphs were not tried",
     f"{FP8} tensorwise --transformer-impl local": "--transformer-impl local: its linears would run in bf16",
     f"{FP8} delayed --fp4-format e2m1": "--fp4-format e2m1: not with --fp8-format hybrid; give one of them",
     f"{FP8} custom": "legal: delayed, tensorwise, blockwise, mxfp8",
@@ -47,10 +64,14 @@ def test_refused_by_name(flags: str) -> None:
     "flags",
     [
         *(f"{FP8} {recipe}" for recipe in ("delayed", "tensorwise", "blockwise")),
+        *FLAGS_OF.values(),
         f"{FP8} tensorwise --fp8-param-gather --overlap-grad-reduce --overlap-param-gather --first-last-layers-bf16",
         "--fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag "
         "--overlap-param-gather --overlap-grad-reduce",
         "--fp4-format e2m1",
+        "--fp8-format hybrid --fp8-amax-history-len 1024 --fp8-amax-compute-algo max --no-fp8-wgrad --fp8-margin 1",
+        f"{FP8} tensorwise --first-last-layers-bf16 --num-layers-at-start-in-bf16 2 --num-layers-at-end-in-bf16 0",
+        "--cuda-graph-impl none",
     ],
 )
 def test_accepted(flags: str) -> None:

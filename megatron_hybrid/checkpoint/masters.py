@@ -66,9 +66,9 @@ def never_from_weights(optimizer: Any) -> None:
 
     def reload_model_params(*_: Any, **__: Any) -> None:
         raise Unloadable(
-            "--fp8-param-gather (or --fp4-param-gather): the fp32 masters would start as weights rounded to FP8, because "
-            "the checkpoint's optimizer state is not loaded, or there is none; leave the flag out until the run has "
-            "saved its first checkpoint, or load optimizer state too (--keep-moments; no --no-load-optim)"
+            "--fp8-param-gather (or --fp4-param-gather): the fp32 masters would start as weights rounded to FP8, "
+            "because the checkpoint's optimizer state is not loaded, or there is none; leave the flag out until the "
+            "run has saved its first checkpoint, or load optimizer state too (--keep-moments; no --no-load-optim)"
         )
 
     optimizer.reload_model_params = reload_model_params

@@ -104,6 +104,7 @@ def test_with_delayed_scaling_no_norm_is_recomputed(capsys: pytest.CaptureFixtur
     assert _run(capsys, "check", *H100, "--", *delayed, *remedy)[0] == 0
     out = _run(capsys, "search", *H100, *delayed, "--top", "50")[1]
     assert "--fp8-recipe delayed" in out and "layernorm" not in out
+    assert out.count("--fp8-recipe delayed") == out.count("--fp8-amax-history-len 1024 --fp8-amax-compute-algo max")
 
 
 def test_what_the_search_prints_passes_the_check(capsys: pytest.CaptureFixture[str]) -> None:
