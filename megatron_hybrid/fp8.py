@@ -59,6 +59,12 @@ def alignment(recipe: str) -> int:
     return 32 if recipe in ("mxfp8", "nvfp4") else 16
 
 
+def tokens_multiple(settings: Mapping[str, Any]) -> int:
+    """Of a microbatch's tokens on a rank; 1 in bf16. settings: see `check_widths`."""
+    recipe = _recipe(settings)
+    return alignment(recipe) if recipe else 1
+
+
 def recomputable(modules: Sequence[str], recipe: str) -> tuple[str, ...]:
     """Those of --recompute-modules that Megatron takes with this recipe, "" for bf16."""
     return tuple(name for name in modules if recipe != "delayed" or name != "layernorm")
