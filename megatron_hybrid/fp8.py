@@ -279,3 +279,32 @@ def _widths(settings: Mapping[str, Any], sizes: Sizes, padded: Sizes, tp: int) -
         found["Gated DeltaNet's q|k|v|z (rows of in_proj)"] = (2 * keys + gates * values) // tp
         found["Gated DeltaNet's output (columns of out_proj)"] = values // tp
     return found
+
+
+def described(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """In which precision a run computes and keeps its state: {flag: value} of what is switched on.
+
+    Args:
+        settings: Megatron's arguments.
+    """
+    recipe = _recipe(settings)
+    names = ["bf16", "fp16"]
+    if recipe:
+        names += ["fp8_param_gather", "fp4_param_gather", "first_last_layers_bf16"]
+        if settings.get("first_last_layers_bf16"):
+            names += [flag.replace("-", "_") for flag in _EDGES]
+    if recipe == "delayed":
+        names += [flag.replace("-", "_") for flag in _OF_DELAYED]
+    if settings.get("use_precision_aware_optimizer"):
+        names += ["use_precision_aware_optimizer", "main_params_dtype", "main_grads_dtype"]
+        names += ["exp_avg_dtype", "exp_avg_sq_dtype"]
+    found = {name.replace("_", "-"): settings[name] for name in names if settings.get(name)}
+    if recipe:
+        kind = "fp4" if recipe == "nvfp4" else "fp8"
+        found |= {f"{kind}-format": settings[kind], f"{kind}-recipe": recipe}
+    return {name: value if isinstance(value, bool | int | str) else str(value) for name, value in found.items()}
+
+
+def starts_scales_anew(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether delayed scaling finds none in a checkpoint. Both as `described`."""
+    return now.get("fp8-recipe") == "delayed" != saved.get("fp8-recipe")

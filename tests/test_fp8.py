@@ -8,9 +8,10 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_hybrid.flags import FlagError, check, compose
-from megatron_hybrid.fp8 import FLAGS_OF, Fp8Error, check_args, check_widths
+from megatron_hybrid.fp8 import FLAGS_OF, Fp8Error, check_args, check_widths, described, starts_scales_anew
 from megatron_hybrid.presets import PRESETS
 
 FP8 = "--fp8-format hybrid --fp8-recipe"
@@ -135,3 +136,24 @@ def test_without_transformer_engine_training_refuses_fp8() -> None:
     )
     assert ended.returncode == 2
     assert "error: --transformer-impl local" in ended.stderr
+
+
+def test_what_a_checkpoint_says_of_its_precision() -> None:
+    more = {"fp8_param_gather": True, "first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 1}
+    more |= {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16, "fp8_amax_history_len": 1}
+    found = described(_settings(**more, bf16=True))
+    assert found == {
+        "bf16": True,
+        "fp8-format": "hybrid",
+        "fp8-recipe": "tensorwise",
+        "fp8-param-gather": True,
+        "first-last-layers-bf16": True,
+        "num-layers-at-end-in-bf16": 1,
+        "use-precision-aware-optimizer": True,
+        "exp-avg-dtype": "torch.bfloat16",
+    }
+    assert described({"fp8_recipe": "delayed", "num_layers_at_end_in_bf16": 1, "exp_avg_dtype": torch.float32}) == {}
+    delayed = described({"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024})
+    assert delayed["fp8-amax-history-len"] == 1024
+    assert not starts_scales_anew(delayed, delayed) and not starts_scales_anew(delayed, found)
+    assert starts_scales_anew(found, delayed) and starts_scales_anew({}, delayed)
