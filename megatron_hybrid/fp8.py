@@ -11,9 +11,19 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_hybrid import cuda_graphs
 from megatron_hybrid.parallel.padded_sizes import Sizes
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+
+#: What each was accepted with (docs/fp8.md). Megatron's own history of delayed scaling is one step, its most recent.
+FLAGS_OF = {
+    "delayed": "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 1024 --fp8-amax-compute-algo max",
+    "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise",
+    "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise",
+    "mxfp8": "--fp8-format e4m3 --fp8-recipe mxfp8",
+    "nvfp4": "--fp4-format e2m1",
+}
 
 #: {recipe: (least compute capability, what has it)}
 NEEDS = {
@@ -29,7 +39,10 @@ _SWITCHES = (
     *("overlap-grad-reduce", "overlap-param-gather", "overlap-param-gather-with-optimizer-step", "tp-comm-overlap"),
     *("first-last-layers-bf16", "fp8-dot-product-attention", "fp8-multi-head-attention", "fp8-output-proj"),
 )
-
+#: Megatron hands these to delayed scaling alone.
+_OF_DELAYED = ("fp8-margin", "fp8-amax-history-len", "fp8-amax-compute-algo")
+_WGRAD = ("no-fp8-wgrad", "disable-fp8-wgrad")  # two names of one flag
+_EDGES = ("num-layers-at-start-in-bf16", "num-layers-at-end-in-bf16")
 
 _LOCAL = (
     "--transformer-impl local: its linears would run in bf16 without a word; {} needs a GPU and Transformer Engine "
@@ -46,6 +59,17 @@ def alignment(recipe: str) -> int:
     return 32 if recipe in ("mxfp8", "nvfp4") else 16
 
 
+def tokens_multiple(settings: Mapping[str, Any]) -> int:
+    """Of a microbatch's tokens on a rank; 1 in bf16. settings: see `check_widths`."""
+    recipe = _recipe(settings)
+    return alignment(recipe) if recipe else 1
+
+
+def recomputable(modules: Sequence[str], recipe: str) -> tuple[str, ...]:
+    """Those of --recompute-modules that Megatron takes with this recipe, "" for bf16."""
+    return tuple(name for name in modules if recipe != "delayed" or name != "layernorm")
+
+
 def check_flags(flags: Sequence[str]) -> None:
     """Refuse combinations that are known to go wrong, from the flags alone.
 
@@ -55,20 +79,24 @@ def check_flags(flags: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("fp8-format", "fp8-recipe", "fp4-format", "fp4-recipe", "transformer-impl"):
         parser.add_argument(f"--{name}")
-    for name in _SWITCHES:
+    parser.add_argument("--recompute-modules", nargs="*", default=())
+    for name in (*_OF_DELAYED, *_EDGES, "fp8-interval"):
+        parser.add_argument(f"--{name}")
+    for name in (*_SWITCHES, *_WGRAD):
         parser.add_argument(f"--{name}", action="store_true")
     try:
         values = parser.parse_known_args(list(flags))[0]
     except argparse.ArgumentError as error:
         raise Fp8Error(f"{error.argument_name}: {error.message}") from None
-    for problem in _problems(values):
+    for problem in (*_problems(values), *_without_effect(values), *cuda_graphs.problems(flags)):
         raise Fp8Error(problem)
 
 
 def _problems(v: argparse.Namespace) -> Iterator[str]:
     if not v.fp8_format and not v.fp4_format:
         if v.fp8_recipe:
-            yield f"--fp8-recipe {v.fp8_recipe}: without --fp8-format all runs in bf16; add --fp8-format hybrid"
+            flag = " ".join(FLAGS_OF.get(v.fp8_recipe, FLAGS_OF["tensorwise"]).split()[:2])
+            yield f"--fp8-recipe {v.fp8_recipe}: without --fp8-format all runs in bf16; add {flag}"
         if v.fp8_param_gather or v.fp4_param_gather:
             flag = "--fp8-param-gather" if v.fp8_param_gather else "--fp4-param-gather"
             yield f"{flag}: there are no such parameters without --{flag[2:5]}-format; add it, or leave this out"
@@ -88,6 +116,16 @@ def _problems(v: argparse.Namespace) -> Iterator[str]:
         yield (
             "--first-last-layers-bf16: not with --fp8-recipe delayed, whose scales are reduced for all layers at once; "
             "use tensorwise or blockwise"
+        )
+    if len(recomputable(v.recompute_modules, recipe)) < len(v.recompute_modules):
+        yield (
+            "--recompute-modules layernorm: Megatron refuses it with --fp8-recipe delayed; leave it "
+            "out, or use tensorwise or blockwise"
+        )
+    if recipe == "delayed" and v.fp8_param_gather:
+        yield (
+            "--fp8-param-gather: not with --fp8-recipe delayed, whose scales are not there yet when its weights are "
+            "loaded; use tensorwise, or leave it out"
         )
     if recipe == "mxfp8" and v.fp8_format == "hybrid":
         yield "--fp8-format hybrid: gradients in E5M2 diverge with --fp8-recipe mxfp8; use --fp8-format e4m3"
@@ -109,6 +147,25 @@ def _problems(v: argparse.Namespace) -> Iterator[str]:
             "--overlap-param-gather: with --fp8-recipe mxfp8 it gave NaN gradients; leave it out, or add "
             "--fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag --overlap-grad-reduce"
         )
+
+
+def _without_effect(v: argparse.Namespace) -> Iterator[str]:
+    """Flags that Megatron takes and would not follow."""
+    recipe = "nvfp4" if v.fp4_format else (v.fp8_recipe or "delayed") if v.fp8_format else ""
+    if v.fp8_interval:
+        yield f"--fp8-interval {v.fp8_interval}: Transformer Engine ignores it; leave it out"
+    if recipe != "delayed":
+        where = f"with {recipe}" if recipe else "without --fp8-format"
+        given = [f"--{flag}" for flag in _WGRAD if _given(v, flag)]
+        given += [f"--{flag} {getattr(v, flag.replace('-', '_'))}" for flag in _OF_DELAYED if _given(v, flag)]
+        for flag in given:
+            yield f"{flag}: does nothing {where}; it is for --fp8-recipe delayed; leave it out"
+    if v.first_last_layers_bf16 and not recipe:
+        yield "--first-last-layers-bf16: does nothing without --fp8-format or --fp4-format; leave it out"
+    for flag in _EDGES:
+        if _given(v, flag) and not v.first_last_layers_bf16:
+            value = getattr(v, flag.replace("-", "_"))
+            yield f"--{flag} {value}: does nothing without --first-last-layers-bf16; add it, or leave this out"
 
 
 def _given(v: argparse.Namespace, flag: str) -> bool:
@@ -222,3 +279,32 @@ def _widths(settings: Mapping[str, Any], sizes: Sizes, padded: Sizes, tp: int) -
         found["Gated DeltaNet's q|k|v|z (rows of in_proj)"] = (2 * keys + gates * values) // tp
         found["Gated DeltaNet's output (columns of out_proj)"] = values // tp
     return found
+
+
+def described(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """In which precision a run computes and keeps its state: {flag: value} of what is switched on.
+
+    Args:
+        settings: Megatron's arguments.
+    """
+    recipe = _recipe(settings)
+    names = ["bf16", "fp16"]
+    if recipe:
+        names += ["fp8_param_gather", "fp4_param_gather", "first_last_layers_bf16"]
+        if settings.get("first_last_layers_bf16"):
+            names += [flag.replace("-", "_") for flag in _EDGES]
+    if recipe == "delayed":
+        names += [flag.replace("-", "_") for flag in _OF_DELAYED]
+    if settings.get("use_precision_aware_optimizer"):
+        names += ["use_precision_aware_optimizer", "main_params_dtype", "main_grads_dtype"]
+        names += ["exp_avg_dtype", "exp_avg_sq_dtype"]
+    found = {name.replace("_", "-"): settings[name] for name in names if settings.get(name)}
+    if recipe:
+        kind = "fp4" if recipe == "nvfp4" else "fp8"
+        found |= {f"{kind}-format": settings[kind], f"{kind}-recipe": recipe}
+    return {name: value if isinstance(value, bool | int | str) else str(value) for name, value in found.items()}
+
+
+def starts_scales_anew(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether delayed scaling finds none in a checkpoint. Both as `described`."""
+    return now.get("fp8-recipe") == "delayed" != saved.get("fp8-recipe")

@@ -8,20 +8,39 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_hybrid.flags import FlagError, check, compose
-from megatron_hybrid.fp8 import Fp8Error, check_args, check_widths
+from megatron_hybrid.fp8 import FLAGS_OF, Fp8Error, check_args, check_widths, described, starts_scales_anew
 from megatron_hybrid.presets import PRESETS
 
 FP8 = "--fp8-format hybrid --fp8-recipe"
 REFUSED = {
     "--fp8-recipe blockwise": "without --fp8-format all runs in bf16",
+    "--fp8-recipe mxfp8": "add --fp8-format e4m3",
     "--fp8-param-gather": "there are no such parameters",
+    "--fp8-format hybrid --fp8-param-gather": "--fp8-param-gather: not with --fp8-recipe delayed",
+    f"{FP8} tensorwise --no-fp8-wgrad": "--no-fp8-wgrad: does nothing with tensorwise; it is for --fp8-recipe delayed",
+    f"{FP8} tensorwise --disable-fp8-wgrad": "--disable-fp8-wgrad: does nothing with tensorwise",
+    f"{FP8} tensorwise --fp8-margin 1": "--fp8-margin 1: does nothing with tensorwise",
+    "--fp8-format e4m3 --fp8-recipe blockwise --fp8-amax-history-len 16": "--fp8-amax-history-len 16: does nothing",
+    "--fp4-format e2m1 --fp8-amax-compute-algo max": "--fp8-amax-compute-algo max: does nothing with nvfp4",
+    "--fp8-amax-compute-algo max": "--fp8-amax-compute-algo max: does nothing without --fp8-format",
+    "--fp8-format hybrid --fp8-interval 2": "--fp8-interval 2: Transformer Engine ignores it",
+    f"{FP8} tensorwise --num-layers-at-end-in-bf16 2": "--num-layers-at-end-in-bf16 2: does nothing without "
+    "--first-last-layers-bf16",
+    "--num-layers-at-start-in-bf16 1": "--num-layers-at-start-in-bf16 1: does nothing without",
+    "--first-last-layers-bf16 --num-layers-at-start-in-bf16 1": "--first-last-layers-bf16: does nothing without",
+    "--cuda-graph-impl local": "--cuda-graph-impl local: CUDA graphs were not tried",
+    "--cuda-graph-impl=transformer_engine": "--cuda-graph-impl transformer_engine: ",
+    f"{FP8} tensorwise --enable-cuda-graph": "--enable-cuda-graph: CUDA graphs were not tried",
+    "--external-cuda-graph": "--external-cuda-graph: CUDA graphs were not tried",
     f"{FP8} tensorwise --transformer-impl local": "--transformer-impl local: its linears would run in bf16",
     f"{FP8} delayed --fp4-format e2m1": "--fp4-format e2m1: not with --fp8-format hybrid; give one of them",
     f"{FP8} custom": "legal: delayed, tensorwise, blockwise, mxfp8",
     f"{FP8} delayed --first-last-layers-bf16": "use tensorwise or blockwise",
     "--fp8-format hybrid --first-last-layers-bf16": "use tensorwise or blockwise",
+    f"{FP8} delayed --recompute-granularity selective --recompute-modules mlp layernorm": "Megatron refuses it with",
     f"{FP8} mxfp8": "use --fp8-format e4m3",
     f"{FP8} tensorwise --fp8-dot-product-attention": "--fp8-dot-product-attention: attention's core",
     f"{FP8} tensorwise --fp8-multi-head-attention": "--fp8-multi-head-attention: attention's core",
@@ -46,10 +65,14 @@ def test_refused_by_name(flags: str) -> None:
     "flags",
     [
         *(f"{FP8} {recipe}" for recipe in ("delayed", "tensorwise", "blockwise")),
+        *FLAGS_OF.values(),
         f"{FP8} tensorwise --fp8-param-gather --overlap-grad-reduce --overlap-param-gather --first-last-layers-bf16",
         "--fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag "
         "--overlap-param-gather --overlap-grad-reduce",
         "--fp4-format e2m1",
+        "--fp8-format hybrid --fp8-amax-history-len 1024 --fp8-amax-compute-algo max --no-fp8-wgrad --fp8-margin 1",
+        f"{FP8} tensorwise --first-last-layers-bf16 --num-layers-at-start-in-bf16 2 --num-layers-at-end-in-bf16 0",
+        "--cuda-graph-impl none",
     ],
 )
 def test_accepted(flags: str) -> None:
@@ -113,3 +136,24 @@ def test_without_transformer_engine_training_refuses_fp8() -> None:
     )
     assert ended.returncode == 2
     assert "error: --transformer-impl local" in ended.stderr
+
+
+def test_what_a_checkpoint_says_of_its_precision() -> None:
+    more = {"fp8_param_gather": True, "first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 1}
+    more |= {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16, "fp8_amax_history_len": 1}
+    found = described(_settings(**more, bf16=True))
+    assert found == {
+        "bf16": True,
+        "fp8-format": "hybrid",
+        "fp8-recipe": "tensorwise",
+        "fp8-param-gather": True,
+        "first-last-layers-bf16": True,
+        "num-layers-at-end-in-bf16": 1,
+        "use-precision-aware-optimizer": True,
+        "exp-avg-dtype": "torch.bfloat16",
+    }
+    assert described({"fp8_recipe": "delayed", "num_layers_at_end_in_bf16": 1, "exp_avg_dtype": torch.float32}) == {}
+    delayed = described({"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024})
+    assert delayed["fp8-amax-history-len"] == 1024
+    assert not starts_scales_anew(delayed, delayed) and not starts_scales_anew(delayed, found)
+    assert starts_scales_anew(found, delayed) and starts_scales_anew({}, delayed)

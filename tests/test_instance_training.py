@@ -153,7 +153,36 @@ def test_more_samples_than_the_data_gives_are_refused(data: Path, tmp_path: Path
         run_ranks(_train_and_show_error, 1, _arguments(data, tmp_path, "--eval-iters", "2"))
 
 
+def _train_as_fp8(rank: int, arguments: list[str]) -> list[int]:
+    """The tokens of this rank's microbatches in a model whose config says FP8, of modules that stay in fp32."""
+    provide, pack, tokens = pretrain.provide_model, batches_module.pack, []
+
+    def model(*args: Any, **kwargs: Any) -> Any:
+        made = provide(*args, **kwargs)
+        made.config.fp8, made.config.fp8_recipe = "hybrid", "tensorwise"
+        return made
+
+    def packing(lengths: list[int], world: int, *args: Any, **kwargs: Any) -> Any:
+        tokens.append(sum(lengths) // world)
+        return pack(lengths, world, *args, **kwargs)
+
+    pretrain.provide_model, batches_module.pack = model, packing
+    _train(rank, arguments)
+    return tokens
+
+
+def test_in_fp8_masked_documents_fill_whole_tiles(one_rank: dict[Any, Any], data: Path, tmp_path: Path) -> None:
+    """Transformer Engine stops where a rank's tokens are no multiple; padding changes no loss."""
+    flags = _from(one_rank["start"], data, tmp_path, True, "--context-parallel-size", "2")
+    for tokens in run_ranks(_train_as_fp8, 2, flags):
+        assert len(tokens) >= STEPS * BATCH // 2 and not any(count % 16 for count in tokens), tokens
+    np.testing.assert_allclose(_losses(tmp_path), one_rank[True][1], rtol=2e-6)
+
+
 def test_sharing_of_padded_documents() -> None:
     index, lengths = batches_module.padded_documents([3, 8, 5], world=2, tp=3)
     assert lengths == [4, 8, 8, 4]  # 20 tokens to a multiple of 12
     assert index.tolist() == [0, 1, 2, -1, *range(3, 11), *range(11, 16), *[-1] * 7]
+    index, lengths = batches_module.padded_documents([3, 8, 5], world=2, tp=3, multiple=16)
+    assert lengths == [4, 8, 8, 76] and len(index) == 96
+    assert batches_module.padded_documents([3, 8], world=1, tp=2, multiple=16)[1] == [3, 8]  # checked from the flags

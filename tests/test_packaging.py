@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "presets": {"ladder", "stages"},
     "ladder": {"flops"},
     "stages": set(),
-    "fp8": {"parallel"},
+    "fp8": {"parallel", "cuda_graphs"},
+    "cuda_graphs": set(),
     "planning": {"planning", "flops", "flags", "fp8", "parallel"},
     "plan": {"flops", "presets", "planning"},
     "architecture": set(),
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "cpu_backend": set(),
     "data": {"tools", "config", "data"},
     "checkpoint": {"tools", "config", "checkpoint"},
-    "training": {"training", "modules", "parallel", "config", "flops", "checkpoint"},
+    "training": {"training", "modules", "parallel", "config", "flops", "checkpoint", "fp8"},
     # kernels: bench_kernels and tune_kernels; flags to planning: plan and doctor
     "tools": {"tools", "config", "checkpoint", "kernels", "flags", "flops", "fp8", "compat", "planning", "parallel"}
     | {"fla_backend"},

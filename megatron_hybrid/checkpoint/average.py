@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hybrid.checkpoint import commit, discovery
+from megatron_hybrid.checkpoint import commit, discovery, masters
+from megatron_hybrid.checkpoint.masters import MASTER, OPTIMIZER
 from megatron_hybrid.checkpoint.sidecar import FILE_NAME as SIDECAR_FILE
 from megatron_hybrid.tools.cli import Parser, ToolError, byte_progress_bar, run_cli
 from megatron_hybrid.tools.convert.dcp_writer import DcpWriter
@@ -28,7 +29,6 @@ from megatron_hybrid.tools.hf_mapping import config_from_sidecar
 if TYPE_CHECKING:
     from torch import Tensor
 
-OPTIMIZER, MASTER = "optimizer.", "optimizer.state.param."
 SUM_TOLERANCE = 1e-6  # of the weights' sum: decimal fractions such as 0.1 are not exact
 
 
@@ -62,6 +62,9 @@ def average(options: AverageOptions) -> str:
     for folder in folders:  # every byte, as training does before it loads
         if faults := discovery.damaged_files(folder):
             raise ToolError(f"{faults[0]}; use another iteration or copy it again")
+    for source in sources:
+        if fault := masters.fault(source):
+            raise ToolError(fault)
     total_bytes = sum(stored_bytes(sources[0], name) for name in names)
     name = folders[0].name if options.optimizer else RELEASE
     with new_folder(output, total_bytes, options.force, folders) as working:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.checkpoint import commit, extra_state
+from megatron_hybrid.checkpoint import commit, extra_state, masters
 from megatron_hybrid.tools.dcp_reader import TRACKER_FILE
 
 #: SHA-256 of the source of what is replaced or relied on (megatron-core 0.19.2), first 16 digits.
@@ -187,6 +187,7 @@ def install(checkpoints: Checkpoints) -> None:
     training.save_checkpoint = partial(checkpoints.save_checkpoint, training.save_checkpoint)
     save = partial(checkpoints.save, checkpointing.dist_checkpointing.save)
     load = partial(extra_state.load, checkpointing.dist_checkpointing.load, checkpoints.say)
+    load = partial(masters.load, load)
     checkpointing.dist_checkpointing = _With(checkpointing.dist_checkpointing, save=save, load=load)
     checkpointing.read_metadata = partial(checkpoints.read_metadata, checkpointing.read_metadata)
     checkpointing._async_delete_checkpoint_impl = partial(delete, checkpointing._async_delete_checkpoint_impl)

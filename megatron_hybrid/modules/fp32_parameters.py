@@ -1,7 +1,7 @@
 """Parameters that stay in fp32 while Megatron casts the model to bf16, and Megatron's optimizers made right for them.
 
-Megatron-Core has no such parameters itself. Two of its optimizers pair them with the wrong state, and with gradients
-in bf16 the norm and the clipping of gradients read and write past their ends:
+Megatron-Core has no such parameters itself. Two of its optimizers pair them with the wrong state or save another one,
+and with gradients in bf16 the norm and the clipping of gradients read and write past their ends:
 
 - `DistributedOptimizer` remembers each parameter's place in its group, then builds the groups anew with the fp32
   parameters first. From then on master weights and moments of other parameters are saved and loaded in their stead:
@@ -9,8 +9,11 @@ in bf16 the norm and the clipping of gradients read and write past their ends:
 - `Float16OptimizerWithFloat16Params` numbers only the bf16 parameters when it saves.
 - With --main-grads-dtype bf16 the gradients of fp32 parameters stay fp32, and the fused kernels of norm and clipping
   take every tensor for one of the first one's dtype: a wrong norm and a wrong update, or an illegal memory access.
+- With --use-precision-aware-optimizer the masters are Transformer Engine's Adam's. It makes one of every parameter, and
+  never updates that of an fp32 parameter, which is trained itself: what is saved as its master is its first value.
 
-`support_in_optimizers` mends the first and the third and refuses the second. Layers with fp32 parameters call it when
+`support_in_optimizers` mends all but the second, which it refuses. It also refuses to save masters of which that Adam
+holds the lower 16 bits alone (`OptimizerConfig.store_param_remainders`). Layers with fp32 parameters call it when
 they are built in a 16-bit model, so that no training script can forget it.
 """
 
@@ -50,6 +53,9 @@ def support_in_optimizers() -> None:
     DistributedOptimizer._build_optimizer_group_ranges = classmethod(
         _fp32_first(DistributedOptimizer._build_optimizer_group_ranges.__func__)
     )
+    DistributedOptimizer._get_main_param_and_optimizer_states = _true_masters(
+        DistributedOptimizer._get_main_param_and_optimizer_states
+    )
     Float16OptimizerWithFloat16Params.sharded_state_dict = _refused_with_fp32(
         Float16OptimizerWithFloat16Params.sharded_state_dict
     )
@@ -67,6 +73,24 @@ def _fp32_first(original: Callable[..., Any]) -> Callable[..., Any]:
         return place, groups
 
     return build
+
+
+def _true_masters(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What is saved of a parameter, with its master as it is."""
+
+    def states(self: Any, model_param: torch.Tensor) -> dict[str, torch.Tensor]:
+        tensors = original(self, model_param)
+        if tensors["param"].dtype == torch.int16:
+            raise RuntimeError(
+                "Transformer Engine's Adam holds the lower 16 bits of the fp32 masters alone, and Megatron would save "
+                "those as if they were the masters: set OptimizerConfig.store_param_remainders = False"
+            )
+        if model_param.dtype == torch.float32:
+            group, order = self.model_param_group_index_map[model_param]
+            tensors["param"] = self.optimizer.param_groups[group]["params"][order]
+        return tensors
+
+    return states
 
 
 def _refused_with_fp32(original: Callable[..., Any]) -> Callable[..., Any]:

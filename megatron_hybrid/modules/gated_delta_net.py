@@ -371,6 +371,13 @@ class GatedDeltaNet(MegatronModule):
             )
         return without_padding(state)
 
+    def set_for_recompute_input_layernorm(self) -> None:
+        """In FP8 or FP4, under --recompute-modules layernorm: the norm's output is freed and made again before the
+        backward pass, so that q|k|v|z must keep it, not an FP8 copy. a|b, in bf16, does already."""
+        from megatron.core.extensions.transformer_engine import set_save_original_input
+
+        set_save_original_input(self.in_proj)
+
     def backward_dw(self) -> None:
         """Weight gradients of the linears, when Megatron delays them."""
         self.out_proj.backward_dw()

@@ -177,14 +177,10 @@ def _optimizer_bytes(v: argparse.Namespace) -> dict[str, int]:
     """Of a 16-bit parameter: its gradient, both moments, and its fp32 master beside it."""
     if not v.use_precision_aware_optimizer:
         return {"grad_bytes": 2 if v.grad_reduce_in_bf16 and v.bf16 else 4}
-    # Transformer Engine's Adam keeps the lower half of a master beside a bf16 parameter. With FP8 parameters, and with
-    # all recipes but delayed scaling, Megatron keeps the whole.
-    whole = (v.fp8_format or v.fp4_format) and (v.fp8_recipe != "delayed" or v.fp8_param_gather)
-    remainder = v.bf16 and v.main_params_dtype == "fp32" and not whole
     return {
         "grad_bytes": _BYTES[v.main_grads_dtype],
         "moment_bytes": _BYTES[v.exp_avg_dtype] + _BYTES[v.exp_avg_sq_dtype],
-        "master_bytes": 2 if remainder else _BYTES[v.main_params_dtype],
+        "master_bytes": _BYTES[v.main_params_dtype],  # whole: training/hooks.py
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from megatron_hybrid.fp8 import recomputable
 from megatron_hybrid.planning import memory
 from megatron_hybrid.planning.job import Job
 
@@ -24,8 +25,8 @@ def _changes(job: Job) -> Iterator[tuple[str, Job]]:
         yield "--use-distributed-optimizer", replace(job, distributed_optimizer=True)
     if not job.loss_chunk_tokens:
         yield "--loss-chunk-tokens 2048", replace(job, loss_chunk_tokens=2048)
-    for modules in (("layernorm",), ("layernorm", "mlp")):
-        if "full" not in job.recompute:
+    for modules in (recomputable(names, job.fp8) for names in (("layernorm",), ("layernorm", "mlp"))):
+        if "full" not in job.recompute and modules:
             yield (
                 f"--recompute-granularity selective --recompute-modules {' '.join(modules)}",
                 replace(job, recompute=modules),

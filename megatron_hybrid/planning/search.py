@@ -8,7 +8,7 @@ from functools import cache
 
 from megatron_hybrid import flops
 from megatron_hybrid.flags import FlagError
-from megatron_hybrid.fp8 import Fp8Error
+from megatron_hybrid.fp8 import FLAGS_OF, Fp8Error, recomputable
 from megatron_hybrid.parallel import pipeline_layout
 from megatron_hybrid.planning import memory
 from megatron_hybrid.planning.hardware import RESERVED_GIB, Gpu
@@ -63,7 +63,7 @@ def search(base: Job, gpus: int, gpu: Gpu, fp8: Sequence[str], measured: Measure
             job = replace(split, fp8=recipe)
             if not _fits_fp8(job):
                 continue
-            for recompute in RECOMPUTE:
+            for recompute in (recomputable(modules, recipe) for modules in RECOMPUTE):
                 tried = replace(job, recompute=recompute, recompute_layers=1)
                 rank, needed = memory.fullest(tried)
                 if needed.total <= room:
@@ -129,12 +129,8 @@ def flags(job: Job) -> str:
         words.append("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
     elif job.recompute:
         words.append(f"--recompute-granularity selective --recompute-modules {' '.join(job.recompute)}")
-    if job.fp8 == "nvfp4":
-        words.append("--fp4-format e2m1")
-    elif job.fp8:
-        words.append(
-            f"--fp8-format {'hybrid' if job.fp8 in ('tensorwise', 'delayed') else 'e4m3'} --fp8-recipe {job.fp8}"
-        )
+    if job.fp8:
+        words.append(FLAGS_OF[job.fp8])
     words.append("--overlap-grad-reduce")
     if job.fp8 != "mxfp8":  # refused with it (megatron_hybrid/fp8.py)
         words.append("--overlap-param-gather")

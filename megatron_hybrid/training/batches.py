@@ -24,6 +24,7 @@ def next_batch(
     groups: ProcessGroupCollection,
     vocabulary_rows: int,
     document_masking: bool = False,
+    multiple: int = 1,
 ) -> dict[str, Any]:
     """The next microbatch on `device`, this context-parallel rank's zigzag part of it.
 
@@ -33,6 +34,7 @@ def next_batch(
         vocabulary_rows: of the embedding, all ranks together.
         document_masking: position 0 in `position_ids` begins a document that sees no other; the rows become one packed
             row, and `packed_seq_params` describes it.
+        multiple: of each rank's tokens, where documents are padded.
 
     Raises:
         ValueError: an id without a row.
@@ -44,7 +46,7 @@ def next_batch(
     _refuse_unknown_ids(batch, vocabulary_rows)
     batch.setdefault("counted_mask", batch["loss_mask"])  # Megatron's datasets divide by what they train on
     if document_masking:
-        return _packed_batch(batch, device, groups)
+        return _packed_batch(batch, device, groups, multiple)
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     if groups.cp.size() > 1:
         batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=groups.cp)
@@ -62,7 +64,7 @@ def _refuse_unknown_ids(batch: dict[str, torch.Tensor], rows: int) -> None:
 
 
 def _packed_batch(
-    batch: dict[str, torch.Tensor], device: torch.device, groups: ProcessGroupCollection
+    batch: dict[str, torch.Tensor], device: torch.device, groups: ProcessGroupCollection, multiple: int
 ) -> dict[str, Any]:
     """[b, T] each to [1, tokens], cut between context-parallel ranks document by document.
 
@@ -72,7 +74,7 @@ def _packed_batch(
     world = groups.cp.size()
     rows = {key: value.reshape(-1) for key, value in batch.items()}
     lengths = document_lengths(batch["position_ids"])
-    index, padded = padded_documents(lengths, world, groups.tp.size())
+    index, padded = padded_documents(lengths, world, groups.tp.size(), multiple)
     documents = pack(padded, world, groups.cp.rank(), device=device)
     if world > 1:
         index = index[documents.local_index().cpu()]
@@ -98,17 +100,18 @@ def document_lengths(position_ids: torch.Tensor) -> list[int]:
     return (ends - starts).tolist()
 
 
-def padded_documents(lengths: list[int], world: int, tp: int) -> tuple[torch.Tensor, list[int]]:
+def padded_documents(lengths: list[int], world: int, tp: int, multiple: int = 1) -> tuple[torch.Tensor, list[int]]:
     """(index, lengths): which token stands at each place of the padded row, −1 for padding, and its documents.
 
-    With world > 1 documents are rounded up to 2·world tokens, and one of padding alone is added where tensor-parallel
-    ranks would not have the same number of tokens each.
+    With world > 1 documents are rounded up to 2·world tokens, and one of padding alone is added where ranks, the
+    tensor-parallel ones too, would not have the same number of tokens each, and that a multiple of `multiple`. With
+    world 1 nothing is padded: then the flags say how many tokens there are.
     """
     if world == 1:
         return torch.arange(sum(lengths)), lengths
     part = 2 * world
     padded = [-(-length // part) * part for length in lengths]
-    extra = -sum(padded) % math.lcm(part, world * tp)
+    extra = -sum(padded) % math.lcm(part, world * tp * multiple)
     true, size = torch.tensor([*lengths, 0]), torch.tensor([*padded, extra])
     document = torch.repeat_interleave(torch.arange(len(size)), size)
     position = torch.arange(int(size.sum())) - (size.cumsum(0) - size)[document]

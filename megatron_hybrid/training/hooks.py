@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from megatron_hybrid.checkpoint import masters
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.training import weight_decay
 from megatron_hybrid.training.health import Health
@@ -79,8 +80,13 @@ def _optimizer(
     original: Callable[..., Any], options: HybridConfig, skip_step: SkipStep | None, health: Health | None
 ) -> Callable[..., Any]:
     def get_megatron_optimizer(config: Any, model_chunks: Any, config_overrides: Any = None, **kwargs: Any) -> Any:
+        # Else Transformer Engine's Adam holds the lower half of each fp32 master beside a bf16 weight, and Megatron
+        # saves those integers as if they were the master (modules/fp32_parameters.py).
+        config.store_param_remainders = False
         overrides = weight_decay.overrides(config_overrides, config, options.weight_decay_on)
         optimizer = original(config, model_chunks, config_overrides=overrides, **kwargs)
+        if any(chunk.config.fp8_param or chunk.config.fp4_param for chunk in model_chunks):
+            masters.never_from_weights(optimizer)
         if skip_step is not None:
             skip_step.attach(optimizer)
         if health is not None:

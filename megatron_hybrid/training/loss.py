@@ -10,6 +10,7 @@ import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_hybrid import fp8
 from megatron_hybrid.training.batches import next_batch
 from megatron_hybrid.training.log_line import Wait
 
@@ -85,8 +86,8 @@ def forward_step(
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if batches is not None and wait is not None:
         batches = wait.timed(batches)
-    groups, rows = (get_attr_wrapped_model(model, name) for name in ("pg_collection", "vocabulary_rows"))
-    batch = next_batch(batches, device, groups, rows, document_masking)
+    groups, rows, config = (get_attr_wrapped_model(model, x) for x in ("pg_collection", "vocabulary_rows", "config"))
+    batch = next_batch(batches, device, groups, rows, document_masking, fp8.tokens_multiple(vars(config)))
     output = model(
         batch["tokens"],
         batch["position_ids"],

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid import fp8
 from megatron_hybrid.checkpoint import commit, fingerprint, megatron_hooks, start
 from megatron_hybrid.checkpoint.discovery import EXIT_UNLOADABLE, Unloadable
 from megatron_hybrid.training import stop
@@ -98,6 +99,11 @@ class Run:
         manifest = commit.read_json(self.start.chosen.folder / commit.MANIFEST)
         for difference in fingerprint.differences(manifest.get("software", {}), self.software):
             say(f"software differs from that of {self.start.chosen.folder}: {difference}")
+        saved, now = manifest.get("precision"), fp8.described(vars(args))
+        for difference in fingerprint.differences(saved, now) if saved is not None else ():
+            say(f"precision differs from that of {self.start.chosen.folder}: {difference}")
+        if saved is not None and fp8.starts_scales_anew(saved, now):
+            say(f"{self.start.chosen.folder}: holds no scales of delayed scaling; they start anew")
         changes = fingerprint.changed_data(manifest["data"], self.data) if manifest.get("data") else []
         if changes and not (args.allow_data_change or args.finetune):
             raise Unloadable(
@@ -135,6 +141,7 @@ class Run:
             "consumed_train_samples": args.consumed_train_samples,
             "layout": layout,
             "software": self.software,
+            "precision": fp8.described(vars(args)),
             "kernel_self_test": self.kernel_errors or "not run: no GPU, or no Triton kernels",
             "data": self.data,
         }

@@ -98,6 +98,39 @@ def test_a_flipped_byte_in_the_data_stops_the_next_start(
     assert "--allow-data-change" in error and not list((tmp_path / "checkpoints").glob("iter_*"))
 
 
+def _with_manifest(straight: Path, run: Path, **changed: Any) -> None:
+    """The straight run's checkpoints, whose newest manifest says something else."""
+    import shutil
+
+    from megatron_hybrid.checkpoint import commit
+
+    shutil.copytree(straight / "checkpoints", run / "checkpoints")
+    folder = run / "checkpoints" / f"iter_{STEPS:07d}"
+    manifest = commit.read_json(folder / "manifest.json")
+    commit.write_json(folder / "manifest.json", {**manifest, **changed})
+    marker = {"iteration": STEPS, "manifest_xxh3": commit.hash_file(folder / "manifest.json")["xxh3"]}
+    commit.write_json(folder / "COMPLETE", marker)
+
+
+def test_another_precision_is_said(
+    straight: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A restart that lost its FP8 flags goes on, since a change may be meant, but not without a line."""
+    in_fp8 = {"fp8-format": "hybrid", "fp8-recipe": "tensorwise"}
+    _with_manifest(straight, tmp_path, precision=in_fp8)
+    assert run_ranks(train, 2, tmp_path, arguments(data, tmp_path, *loading(tmp_path))) == [0, 0]
+    error = capfd.readouterr().err
+    for said in ("fp8-format hybrid then, absent now", "fp8-recipe tensorwise then, absent now"):
+        assert f"iter_{STEPS:07d}: {said}" in error
+    for name, precision in {"same": {}, "unknown": None}.items():
+        _with_manifest(straight, tmp_path / name, precision=precision)
+        assert run_ranks(train, 2, tmp_path / name, arguments(data, tmp_path / name, *loading(tmp_path / name))) == [
+            0,
+            0,
+        ]
+    assert "precision differs" not in capfd.readouterr().err
+
+
 def test_other_software_is_said(straight: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import shutil
 

@@ -179,6 +179,31 @@ def test_which_linears_hold_their_norm() -> None:
     assert found["post"] == found["recomputed"] == found["fp32 stream"] == set()
 
 
+def _keeping_their_input(rank: int) -> dict[str, set[str]]:
+    """Linears that keep their input as it was, whose memory is given back and filled again, instead of an FP8 copy."""
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    fitting = {"linear_key_head_dim": 16, "linear_value_head_dim": 32, "ffn_hidden_size": 96, "hidden_size": 96}
+    fitting |= {"kv_channels": 16, "bf16": True, "params_dtype": torch.bfloat16}
+    again = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+    found = {}
+    for recipe in ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, {"fp8": "e4m3", "fp8_recipe": "blockwise"}):
+        model = _build("transformer_engine", options=HybridConfig(norm_placement="pre"), **fitting, **recipe, **again)
+        found[recipe["fp8_recipe"]] = {
+            name.split(".", 2)[2] for name, part in model.named_modules() if getattr(part, "save_original_input", False)
+        }
+    return found
+
+
+@needs_te
+def test_recomputed_norms_in_fp8() -> None:
+    linears = {f"{layer}.self_attention.in_proj" for layer in range(3)} | {"3.self_attention.linear_qkv"}
+    linears |= {f"{layer}.mlp.linear_fc1" for layer in range(4)}
+    linears |= {"3.self_attention.linear_proj"}  # always, by Megatron
+    for recipe, found in run_ranks(_keeping_their_input, 1)[0].items():
+        assert found == linears, recipe
+
+
 def _load(model: torch.nn.Module, folder: Path) -> list[str]:
     said: list[str] = []
     state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})

@@ -136,6 +136,17 @@ def test_what_the_remedy_names_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(capsys, "check", *H100, "--", *remedy)[0] == 0
 
 
+def test_with_delayed_scaling_no_norm_is_recomputed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Megatron refuses it; it would otherwise be the first remedy, and the first of what the search tries."""
+    delayed = ["--fp8-format", "hybrid", "--fp8-recipe", "delayed", "--micro-batch-size", "1"]
+    remedy = _run(capsys, "check", *H100, "--", *delayed)[2].rpartition("; fits with ")[2].split()
+    assert remedy and "layernorm" not in remedy
+    assert _run(capsys, "check", *H100, "--", *delayed, *remedy)[0] == 0
+    out = _run(capsys, "search", *H100, *delayed, "--top", "50")[1]
+    assert "--fp8-recipe delayed" in out and "layernorm" not in out
+    assert out.count("--fp8-recipe delayed") == out.count("--fp8-amax-history-len 1024 --fp8-amax-compute-algo max")
+
+
 def test_what_the_search_prints_passes_the_check(capsys: pytest.CaptureFixture[str]) -> None:
     out = _run(capsys, "search", *H100)[1]
     pasted = [line.partition("flags")[2].split() for line in out.splitlines() if line.startswith("  flags")]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.checkpoint import masters
 from megatron_hybrid.tools.cli import ToolError, byte_progress_bar
 from megatron_hybrid.tools.convert.adam_state import STATES
 from megatron_hybrid.tools.convert.common_state import adam_groups, folder_iteration
@@ -45,6 +46,8 @@ def export_olmo_core(options: OlmoCoreOptions) -> str:
     for rule in source.rules if groups else ():
         for state in STATES:
             source.checkpoint.check(f"optimizer.state.{state}.{rule.megatron}")
+    if groups and (fault := masters.fault(source.checkpoint)):
+        raise ToolError(fault)
     parameters = sum(math.prod(shape) for rule in source.rules for _, shape in rule.hf)
     total_bytes = 4 * len(states) * parameters
     with new_folder(output, total_bytes, options.force, [options.checkpoint]) as working:
