@@ -56,7 +56,7 @@ class Instances(Protocol):
 
 
 def hash_of(array: NDArray[Any]) -> str:
-    """XXH3 of an array's type and bytes, piece by piece: a memory map of 10 GB is never held as a whole."""
+    """XXH3 of an array's type and bytes, piece by piece and without a copy: a memory map is read page after page."""
     digest = xxhash.xxh3_128(repr(array.dtype.descr).encode())
     for at in range(0, len(array), HASH_ROWS):
         digest.update(np.ascontiguousarray(array[at : at + HASH_ROWS]).view(np.uint8))
