@@ -331,7 +331,7 @@ def _check_model(args: argparse.Namespace, run: survival.Run) -> None:
     tokenizer = get_tokenizer()
     description = sidecar.describe(args, HybridConfig.from_args(args), tokenizer.vocab_size, tokenizer.eod)
     lines: tuple[str, ...] = ()
-    if args.save:
+    if args.save and args.rank == 0:  # alone: for the others --fresh may not yet have emptied the folder
         lines = sidecar.check_own(Path(args.save), description)
     source = run.start.chosen.folder.parent if run.start.chosen else None
     if source is not None and not (args.save and source.resolve() == Path(args.save).resolve()):
