@@ -185,9 +185,8 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
             run.kernel_errors = _check_kernels(args)
             _set_vocabulary(args, flags)
             _say_what_is_padded(args)
-            if args.save:
-                _describe_checkpoint(args)
-            _prepare_data(args)
+            _check_model(args, run)
+            _prepare_data(args, run)
         return args, run
     except Unloadable as error:
         fail(error, EXIT_UNLOADABLE)
@@ -325,21 +324,44 @@ def _say_what_is_padded(args: argparse.Namespace) -> None:
         print(line, file=sys.stderr)
 
 
-def _describe_checkpoint(args: argparse.Namespace) -> None:
+def _check_model(args: argparse.Namespace, run: survival.Run) -> None:
+    """Compares the model of the flags with what is loaded and with what --save holds, and describes it in --save.
+
+    Megatron compares a few sizes of a checkpoint with its own and drops tensors that are not asked for.
+
+    Raises:
+        Unloadable: the checkpoint is of another model.
+        SidecarError: --save holds another one, or this one at other positions.
+    """
     from megatron.training import get_tokenizer
 
     from megatron_hybrid.checkpoint import sidecar
 
-    if args.rank == 0:
-        tokenizer = get_tokenizer()
-        description = sidecar.describe(args, HybridConfig.from_args(args), tokenizer.vocab_size, tokenizer.eod)
+    tokenizer = get_tokenizer()
+    description = sidecar.describe(args, HybridConfig.from_args(args), tokenizer.vocab_size, tokenizer.eod)
+    lines: tuple[str, ...] = ()
+    if args.save and args.rank == 0:  # alone: for the others --fresh may not yet have emptied the folder
+        lines = sidecar.check_own(Path(args.save), description)
+    source = run.start.chosen.folder.parent if run.start.chosen else None
+    if source is not None and not (args.save and source.resolve() == Path(args.save).resolve()):
+        found, flag = sidecar.compare(source, description), run.start.source_flag
+        if found.model:
+            raise Unloadable(
+                f"{flag} {source}: holds another model ({'; '.join(found.model)}; there: {source / sidecar.FILE_NAME}, "
+                "here: the flags); give the flags that it was trained with, or another checkpoint"
+            )
+        lines += found.unknown
+        lines += (f"{flag} {source}: the same model, but {'; '.join(found.stage)}",) if found.stage else ()
+    for line in lines:
+        survival.say(line)
+    if args.save and args.rank == 0:
         try:
             sidecar.write(Path(args.save), description)
         except OSError as error:
             raise FlagError(f"--save {args.save}: cannot be written to ({error.strerror})") from None
 
 
-def _prepare_data(args: argparse.Namespace) -> None:
+def _prepare_data(args: argparse.Namespace, run: survival.Run) -> None:
     """Opens --instance-data, or compares --data-path with the tokenizer.
 
     Lets pipeline stages exchange rows of documents, whose lengths vary.
@@ -354,11 +376,16 @@ def _prepare_data(args: argparse.Namespace) -> None:
     if not args.instance_data:
         if args.repetition_filter:
             raise FlagError("--repetition-filter: filters instances; give --instance-data, or leave it out")
+        if args.dataloader_type != "single":
+            raise FlagError(
+                f"--dataloader-type {args.dataloader_type}: legal: single (cyclic makes the order of samples depend on "
+                "the number of data-parallel ranks, others want loaders of their own); leave it out"
+            )
         for line in made_with.check(args, get_tokenizer().eod, survival.data_prefixes(args)):
             survival.say(f"warning: {line}")
         return
     try:
-        said = instance_dataset.check(args, get_tokenizer())
+        said = instance_dataset.check(args, get_tokenizer(), run.consumed())
     except instance_dataset.Refused as error:
         raise FlagError(str(error)) from None
     if args.rank == 0:

@@ -127,7 +127,8 @@ def test_checkpoint_folder_says_what_it_holds(data: Path, tmp_path: Path) -> Non
     assert (described["true_vocab_size"], described["vocab_size"]) == (VOCAB - 1, 512)
     assert described["rope_theta"] == 500000.0
     with pytest.raises(
-        AssertionError, match=r"--save .*: holds another model \(intermediate_size: 528 there, 132 here"
+        AssertionError,
+        match=r"--save .*: holds another model \(intermediate_size \(--ffn-hidden-size\): 528 there, 132",
     ):
         again = _arguments(data, tmp_path, "--train-iters", "2", "--save-interval", "2", "--ffn-hidden-size", "132")
         run_ranks(_train_and_show_error, 1, again)

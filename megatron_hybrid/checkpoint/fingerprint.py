@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,38 @@ def _read_tokens(
     return {"bytes": size, "xxh3": whole.hexdigest()}
 
 
+def short_names(*sides: Iterable[str]) -> list[dict[str, str]]:
+    """{path: name} of each side: of a path no more of its end than tells it from the others of its side.
+
+    So names are the same where a folder has moved as a whole, and web/text is never taken for code/text. Paths that
+    end in one name have names of the same number of parts on all sides.
+    """
+    groups: dict[str, list[set[str]]] = {}
+    for number, paths in enumerate(sides):
+        for path in paths:
+            groups.setdefault(Path(path).name, [set() for _ in sides])[number].add(path)
+    named: list[dict[str, str]] = [{} for _ in sides]
+    for own in groups.values():
+        parts = 1
+        while any(len({_end(path, parts) for path in paths}) < len(paths) for paths in own):
+            parts += 1
+        for names, paths in zip(named, own, strict=True):
+            names.update({path: _end(path, parts) for path in paths})
+    return named
+
+
+def _end(path: str, parts: int) -> str:
+    """The last so many parts of a path; of a shorter one all, as it was given."""
+    own = Path(path).parts
+    return "/".join(own[-parts:]) if parts <= len(own) else path
+
+
 def changed_data(saved: DataFiles, now: DataFiles) -> list[str]:
     """What differs between the data of a checkpoint and that of this start; a folder may have moved as a whole."""
-    before, after = ({Path(path).name: entry for path, entry in files.items()} for files in (saved, now))
+    names = short_names(saved, now)
+    before, after = (
+        {own[path]: entry for path, entry in files.items()} for own, files in zip(names, (saved, now), strict=True)
+    )
     faults = [f"{name} is not there any more" for name in sorted(set(before) - set(after))]
     faults += [f"{name} is new" for name in sorted(set(after) - set(before))]
     for name in sorted(set(before) & set(after)):

@@ -4,18 +4,62 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.checkpoint.commit import COMPLETE
 from megatron_hybrid.config import HybridConfig
 from megatron_hybrid.tools.atomic_file import atomic_open
 
 FILE_NAME = "megatron_hybrid.json"
 FORMAT = 1
 
+#: What a training stage may change.
+POSITIONS = ("max_position_embeddings", "rope_theta", "rope_scaling")
+
+#: Of the tokenizer, not of the weights: a converter knows other things of it than a run does.
+TOKENIZER = ("true_vocab_size", "eos_token_id", "pad_token_id")
+
+_NONE_WHERE_ABSENT = ("rope_scaling", "window_size", "window_attn_skip_freq")
+_OF_GDN = ("linear_", "gdn_", "output_gate")
+
+#: Where the key does not say which flag sets it.
+_FLAGS = {
+    "vocab_size": "--padded-vocab-size, --make-vocab-size-divisible-by",
+    "intermediate_size": "--ffn-hidden-size",
+    "num_key_value_heads": "--num-query-groups",
+    "head_dim": "--kv-channels",
+    "linear_num_key_heads": "--linear-num-key-heads",
+    "linear_num_value_heads": "--linear-num-value-heads",
+    "linear_conv_kernel_dim": "--linear-conv-kernel-dim",
+    "linear_allow_neg_eigval": "--gdn-allow-neg-eigval",
+    "rms_norm_eps": "--norm-epsilon",
+    "gdn_norm_eps": "--gdn-norm-epsilon",
+    "rope_theta": "--position-embedding-type, --rotary-base",
+    "rope_scaling": "--position-embedding-type, --rotary-scaling-factor, --yarn-...",
+    "qk_norm": "--qk-norm-width",
+    "output_gate": "--gdn-output-gate",
+}
+
 
 class SidecarError(ValueError):
     """The folder holds another model; the message names the folder, the key and both values."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Texts 'key (flag): value there, value here'.
+
+    Attributes:
+        model: what makes it another model.
+        stage: positions, length and tokenizer, which a later stage may change.
+        unknown: lines that say what could not be compared.
+    """
+
+    model: tuple[str, ...] = ()
+    stage: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
 
 def describe(
@@ -74,23 +118,69 @@ def _yarn(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, description: dict[str, Any]) -> None:
-    """Put the description into a checkpoint folder, whole or not at all.
+def compare(folder: Path, description: dict[str, Any]) -> Comparison:
+    """What `folder` says of its model otherwise than the flags of this run do.
 
     Raises:
-        SidecarError: the folder already describes another model. The length and the positions may
-            change, since training stages change them.
+        SidecarError: its sidecar cannot be read.
     """
     path = folder / FILE_NAME
-    has_checkpoint = (folder / "latest_checkpointed_iteration.txt").exists()
-    if path.exists() and has_checkpoint:  # without one, an earlier launch failed before it saved anything
-        old = json.loads(path.read_text())
-        may_change = {"max_position_embeddings", "rope_theta", "rope_scaling"}
-        for key in sorted((set(old) | set(description)) - may_change):
-            if old.get(key) != description.get(key):
-                raise SidecarError(
-                    f"--save {folder}: holds another model ({key}: {old.get(key)!r} there, "
-                    f"{description.get(key)!r} here); give another folder"
-                )
-    with atomic_open(path) as handle:
+    try:
+        there = json.loads(path.read_bytes())
+        if not isinstance(there, dict):
+            raise ValueError
+    except FileNotFoundError:
+        return Comparison(unknown=(f"{folder}: no {FILE_NAME}: not known whether it holds the model of these flags",))
+    except ValueError:
+        raise SidecarError(
+            f"{path}: not a JSON object; copy it from the run, or remove it if you know that the model is the same"
+        ) from None
+    here = json.loads(json.dumps(description))  # so that tuples are lists, as there
+    model: list[str] = []
+    stage: list[str] = []
+    absent: list[str] = []
+    for key in sorted(set(there) | set(here)):
+        if key.startswith(_OF_GDN) and "G" not in here["hybrid_layer_pattern"]:
+            continue
+        if key not in there and key not in _NONE_WHERE_ABSENT:
+            absent.append(key)
+        elif there.get(key) != here.get(key):
+            flag = f" ({_FLAGS[key]})" if key in _FLAGS else ""
+            text = f"{key}{flag}: {there.get(key)!r} there, {here.get(key)!r} here"
+            (stage if key in (*POSITIONS, *TOKENIZER) else model).append(text)
+    unknown = (f"{path}: without {', '.join(absent)}: not compared with this run's",) if absent else ()
+    return Comparison(tuple(model), tuple(stage), unknown)
+
+
+def holds_checkpoints(folder: Path) -> bool:
+    """Whether a complete checkpoint lies in it, whatever its pointer file says."""
+    return any((path / COMPLETE).exists() for path in (*folder.glob("iter_*"), folder / "release"))
+
+
+def check_own(folder: Path, description: dict[str, Any]) -> tuple[str, ...]:
+    """Refuse to save into a folder that holds another model's checkpoints; returns what could not be compared.
+
+    Raises:
+        SidecarError: one line. Positions and length count: a training stage has a folder of its own.
+    """
+    if not holds_checkpoints(folder):  # an earlier launch failed before it saved anything
+        return ()
+    found = compare(folder, description)
+    if found.model:
+        raise SidecarError(
+            f"--save {folder}: holds another model ({'; '.join((*found.model, *found.stage))}; there: "
+            f"{folder / FILE_NAME}, here: the flags); give another folder"
+        )
+    if found.stage:
+        raise SidecarError(
+            f"--save {folder}: holds the model at other positions, or of another tokenizer ({'; '.join(found.stage)}; "
+            f"there: {folder / FILE_NAME}, here: the flags); give the flags it was trained with, or for a new stage "
+            "--pretrained-checkpoint with a --save and --load of its own"
+        )
+    return found.unknown
+
+
+def write(folder: Path, description: dict[str, Any]) -> None:
+    """Put the description into a checkpoint folder, whole or not at all."""
+    with atomic_open(folder / FILE_NAME) as handle:
         handle.write((json.dumps(description, indent=2) + "\n").encode())

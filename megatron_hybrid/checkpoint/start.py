@@ -54,7 +54,14 @@ class Start:
     lines: tuple[str, ...] = ()
     set_aside: Path | None = None
     may_reject: bool = False
+    #: `chosen` is another stage's: its weights are taken, and not its data, positions or iteration.
+    new_stage: bool = False
     wish: Wish = field(default_factory=Wish)
+
+    @property
+    def source_flag(self) -> str:
+        """The flag that names the folder of `chosen`."""
+        return "--pretrained-checkpoint" if self.new_stage else "--load"
 
     def next(self) -> Start | None:
         """The decision after `chosen` turned out damaged; None when there is no other."""
@@ -124,7 +131,9 @@ def decide(wish: Wish) -> Start:
     _refuse_two_histories(wish, found, chosen)
     rest = () if wish.step else source.complete[source.complete.index(chosen) + 1 :]
     lines = tuple(discovery.describe_choice(source, chosen)) if not wish.step else ()
-    return Start(chosen, rest, lines, may_reject=wish.same and source is found, wish=wish)
+    return Start(
+        chosen, rest, lines, may_reject=wish.same and source is found, new_stage=source is not found, wish=wish
+    )
 
 
 def _left_to_pretrained(found: Survey, wish: Wish) -> bool:
@@ -134,6 +143,11 @@ def _left_to_pretrained(found: Survey, wish: Wish) -> bool:
 def _fresh(wish: Wish) -> Start:
     if wish.load is not None and not wish.same and not discovery.survey(wish.load).is_empty:
         raise Unloadable(f"--fresh --load {wish.load}: --fresh starts from random weights; leave one of them out")
+    if wish.pretrained is not None:
+        raise Unloadable(
+            f"--fresh --pretrained-checkpoint {wish.pretrained}: --fresh starts from random weights; leave one of them "
+            "out"
+        )
     folder = wish.save or wish.load
     found = discovery.survey(folder) if folder else None
     if found and wish.is_restart and found.complete:
@@ -198,7 +212,7 @@ def flags_for(start: Start, flags: Sequence[str]) -> list[str]:
     if start.chosen is None:
         return _without(flags, "--load")
     root = start.chosen.folder.parent
-    kept = list(flags) if root == start.wish.pretrained else [*_without(flags, "--load"), "--load", str(root)]
+    kept = list(flags) if start.new_stage else [*_without(flags, "--load"), "--load", str(root)]
     return kept if start.chosen.release else [*kept, "--ckpt-step", str(start.chosen.iteration)]
 
 

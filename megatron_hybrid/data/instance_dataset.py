@@ -6,6 +6,7 @@ Megatron's sampler hands out positions from consumed_train_samples on, so that n
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from megatron_hybrid.config import HybridConfig
-from megatron_hybrid.data.fingerprint import describe, differences, record
+from megatron_hybrid.data.fingerprint import FILE_NAME, Reading, describe, differences, record
 from megatron_hybrid.data.instances import Cutter, FixedInstances, Instance, Instances, ListedInstances
 from megatron_hybrid.data.order import SampleOrder
 from megatron_hybrid.data.packing import PackedInstances, load_index
@@ -115,8 +116,11 @@ def open_plan(plan: Plan) -> tuple[Instances, SampleOrder]:
     return instances, order
 
 
-def check(args: argparse.Namespace, tokenizer: Any) -> str:
+def check(args: argparse.Namespace, tokenizer: Any, consumed: int | None = None) -> str:
     """Opens the data of a run before any process group is made; returns one line that says what it is.
+
+    Args:
+        consumed: samples that the checkpoint to load has seen, None where it does not say.
 
     Raises:
         ToolError: one line.
@@ -132,7 +136,8 @@ def check(args: argparse.Namespace, tokenizer: Any) -> str:
             f"{order.per_epoch:,} in whole batches), {wanted:,} are to be trained on, {wanted - len(order):,} more; "
             f"add data, train on less, or allow {-(-wanted // order.per_epoch)} epochs"
         )
-    if HybridConfig.from_args(args).instance_valid_data:
+    options = HybridConfig.from_args(args)
+    if options.instance_valid_data:
         validation, _ = open_plan(plan_of(args, tokenizer, validation=True))
         if args.rank == 0:
             check_samples(validation.files, plan.vocab_size)
@@ -141,7 +146,16 @@ def check(args: argparse.Namespace, tokenizer: Any) -> str:
             f"--eval-iters {args.eval_iters}: no validation data; give --instance-valid-data, or --eval-iters 0"
         )
     if args.rank == 0:
-        _compare_with_checkpoints(args, describe(instances, order, plan.sequence_length, plan.packing))
+        reading = Reading(
+            sequence_length=plan.sequence_length,
+            packing=plan.packing,
+            group_files=plan.group_files,
+            label_mask=options.instance_label_mask,
+            repetition_filter=options.repetition_filter,
+            document_masking=options.document_masking,
+        )
+        reached = wanted if consumed is None else consumed
+        _compare_with_checkpoints(args, describe(instances, order, reading), reached)
     tokens = sum(file.tokens for file in dict.fromkeys(instances.files))
     return (
         f"data: {len(instances):,} instances of {plan.sequence_length} tokens from {len(instances.files):,} files of "
@@ -150,15 +164,19 @@ def check(args: argparse.Namespace, tokenizer: Any) -> str:
     )
 
 
-def _compare_with_checkpoints(args: argparse.Namespace, description: dict[str, Any]) -> None:
+def _compare_with_checkpoints(args: argparse.Namespace, description: dict[str, Any], reached: int) -> None:
     """Refuses to go on with other data than --save and --load hold checkpoints of; records it in --save."""
-    for flag, name in (("--save", args.save), ("--load", args.load)):
-        if not name or args.finetune or args.allow_data_change or not any(Path(name).glob("iter_*")):
+    folders = {Path(name).resolve(): (flag, name) for flag, name in (("--load", args.load), ("--save", args.save))
+               if name}  # fmt: skip
+    for folder, (flag, name) in folders.items():
+        if args.finetune or args.allow_data_change or not any(folder.glob("iter_*")):
             continue
-        if found := differences(Path(name), description):
+        if found := differences(folder, description, reached, lambda line: print(line, file=sys.stderr)):
             raise DataError(
-                f"{flag} {name}: its checkpoints were trained on other data ({'; '.join(found)}); give the same "
-                "--instance-data and flags, or --allow-data-change, or for a new stage another --save and --finetune"
+                f"{flag} {name}: its checkpoints were trained on other data ({'; '.join(found)}; there: "
+                f"{Path(name) / FILE_NAME}, here: --instance-data {args.instance_data} and the flags); give what it "
+                "was trained with; for a new stage, --pretrained-checkpoint with a --save and --load of its own; or "
+                "add --allow-data-change"
             )
     if args.save:
         record(Path(args.save), description)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from megatron_hybrid.data.token_files import DataError, TokenFile
+
+#: Of an array, hashed at a time.
+HASH_ROWS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,18 @@ class Instances(Protocol):
     def where(self, number: int) -> str:
         """File and place of an instance, for messages."""
         ...
+
+    def selection(self) -> str:
+        """A hash of what is taken of the files, and in which order; the files themselves are not in it."""
+        ...
+
+
+def hash_of(array: NDArray[Any]) -> str:
+    """XXH3 of an array's type and bytes, piece by piece and without a copy: a memory map is read page after page."""
+    digest = xxhash.xxh3_128(repr(array.dtype.descr).encode())
+    for at in range(0, len(array), HASH_ROWS):
+        digest.update(np.ascontiguousarray(array[at : at + HASH_ROWS]).view(np.uint8))
+    return digest.hexdigest()
 
 
 class Cutter:
@@ -97,6 +113,9 @@ class FixedInstances:
     def where(self, number: int) -> str:
         return self.cutter.where(*self._place(number))
 
+    def selection(self) -> str:
+        return hash_of(self.ends)
+
 
 class ListedInstances:
     """Instances in the order of an index that `tools.mix` wrote, [N] of (dataset int16, sample int64), memory-mapped.
@@ -123,3 +142,6 @@ class ListedInstances:
 
     def where(self, number: int) -> str:
         return self.cutter.where(*self._place(number))
+
+    def selection(self) -> str:
+        return hash_of(self.index)

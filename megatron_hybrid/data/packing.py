@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megatron_hybrid.data.instances import Instance
+from megatron_hybrid.data.instances import Instance, hash_of
 from megatron_hybrid.data.order import one_at_a_time
 from megatron_hybrid.data.token_files import DataError, TokenFile
 from megatron_hybrid.tools.atomic_file import temporary_path
@@ -164,3 +164,8 @@ class PackedInstances:
         own = self._documents(number)
         file, start, length = own[0]
         return f"{len(own)} documents, the longest: {file.path}, tokens {start} to {start + length}"
+
+    def selection(self) -> str:
+        """Of the bounds alone, 8 bytes per instance: which documents lie between them follows from the files, the
+        sequence length, the end-of-document id and the size of groups."""
+        return hash_of(self.index.bounds)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid import fp8
-from megatron_hybrid.checkpoint import commit, fingerprint, megatron_hooks, start
+from megatron_hybrid.checkpoint import commit, fingerprint, megatron_hooks, sample_order, start
 from megatron_hybrid.checkpoint.discovery import EXIT_UNLOADABLE, Unloadable
 from megatron_hybrid.training import stop
 from megatron_hybrid.training.nonfinite import EXIT_NONFINITE, NonFinite, NonFiniteGuard
@@ -40,6 +40,7 @@ class Run:
         self.start = begun
         self.software = dict(software)
         self.data: fingerprint.DataFiles = {}
+        self.order: dict[str, Any] = {}  #: what the order of samples follows from
         self.kernel_errors: dict[str, float] = {}  #: of the kernels' self-test, none where it does not run
         self.checkpoints = megatron_hooks.Checkpoints(self._describe, say)
         self.stop: stop.StopRequests | None = None
@@ -104,29 +105,52 @@ class Run:
             say(f"precision differs from that of {self.start.chosen.folder}: {difference}")
         if saved is not None and fp8.starts_scales_anew(saved, now):
             say(f"{self.start.chosen.folder}: holds no scales of delayed scaling; they start anew")
+        if not self.start.new_stage:
+            self._compare_data(args, self.start.chosen.folder / commit.MANIFEST, manifest)
+
+    def _compare_data(self, args: Namespace, path: Path, manifest: Mapping[str, Any]) -> None:
+        """With what a checkpoint to be continued has read so far."""
         changes = fingerprint.changed_data(manifest["data"], self.data) if manifest.get("data") else []
+        if manifest.get("order"):
+            changes += [] if args.skip_train else sample_order.differences(manifest["order"], self.order)
+        elif self.order["reader"] == sample_order.DATA_PATH and path.parent.name != "release":
+            say(
+                f"{path}: written by an earlier version, without the order of samples: whether "
+                "seed, split, weights, sequence length and epochs are those of this start is not known"
+            )
         if changes and not (args.allow_data_change or args.finetune):
             raise Unloadable(
-                f"--data-path: not the data of {self.start.chosen.folder}: {'; '.join(changes[:3])}; "
-                "restore it, or add --allow-data-change"
+                f"--data-path: not the data of {path.parent}: {'; '.join(changes[:3])} (then: {path}, now: the flags "
+                "and files); restore it; for a new stage, --pretrained-checkpoint with a --save and --load of its own; "
+                "or add --allow-data-change"
             )
         for change in changes:
-            say(f"data differ from those of {self.start.chosen.folder}: {change}")
+            say(f"data differ from those of {path.parent}: {change}")
+
+    def consumed(self) -> int | None:
+        """Samples that the checkpoint to be continued has seen; None where it does not say."""
+        if self.start.chosen is None or self.start.new_stage:
+            return 0
+        return commit.read_json(self.start.chosen.folder / commit.MANIFEST).get("consumed_train_samples")
 
     def _check_data(self, args: Namespace) -> None:
         import torch.distributed as dist
 
         prefixes = data_prefixes(args)
         if not prefixes:
+            self.order = {"reader": "--instance-data" if args.instance_data else "--mock-data"}
             return
         began, ranks = time.monotonic(), dist.get_world_size()
         shares: list[Any] = [None] * ranks
         read_all = args.verify_data == "full"
-        dist.all_gather_object(shares, fingerprint.read_data(prefixes, read_all, dist.get_rank(), ranks))
-        faults = [fault for _, found in shares for fault in found]
+        files, faults = fingerprint.read_data(prefixes, read_all, dist.get_rank(), ranks)
+        tokens = {} if faults else sample_order.tokens_of_training(args, dist.get_rank(), ranks)
+        dist.all_gather_object(shares, (files, faults, tokens))
+        faults = [fault for _, found, _ in shares for fault in found]
         if faults:
             raise Unloadable("; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else ""))
-        self.data = {path: entry for files, _ in shares for path, entry in files.items()}
+        self.data = {path: entry for files, *_ in shares for path, entry in files.items()}
+        self.order = sample_order.describe(args, {prefix: count for *_, own in shares for prefix, count in own.items()})
         size = sum(entry["bytes"] for entry in self.data.values())
         how = "read" if read_all else "sizes and indexes of"
         say(f"data: {how} {len(self.data)} files, {size / 1e9:.3f} GB, no fault ({time.monotonic() - began:.1f} s)")
@@ -144,6 +168,7 @@ class Run:
             "precision": fp8.described(vars(args)),
             "kernel_self_test": self.kernel_errors or "not run: no GPU, or no Triton kernels",
             "data": self.data,
+            "order": self.order,
         }
 
     @contextlib.contextmanager
