@@ -13,8 +13,8 @@ from torch import Tensor
 #: Sizes by the letters that stand for them; several where more than one is legal.
 Sizes = Mapping[str, int | tuple[int, ...]]
 
-#: The arguments of one call that must have one dtype.
-ALIKE = (("q", "k", "v"), ("a", "b"))
+#: The arguments that must have the dtype of one another, by name the group.
+ALIKE = {"q": "qkv", "k": "qkv", "v": "qkv", "a": "ab", "b": "ab"}
 
 
 def check_call(
@@ -31,28 +31,28 @@ def check_call(
         cu_seqlens: boundaries of N documents in tensors of B, T, ...; without it N = B.
     """
     known: dict[str, int | tuple[int, ...]] = dict(sizes or {})
-    given = {name: x for name, (_, x) in tensors.items() if x is not None}
-    first, device = next((name, x.device) for name, x in given.items())
-    for name, x in given.items():
-        letters = tensors[name][0].split(", ")
-        if len(letters) != x.dim() or not all(_fits(known, *pair) for pair in zip(letters, x.shape, strict=True)):
-            legal = ", ".join(_words(known.get(letter, letter)) for letter in letters)
-            raise ValueError(f"{name} is {tuple(x.shape)}; it must be [{', '.join(letters)}], here [{legal}]")
+    first, device = next((name, x.device) for name, (_, x) in tensors.items() if x is not None)
+    dtypes: dict[str, tuple[torch.dtype, str]] = {}
+    for name, (letters, x) in tensors.items():
+        if x is None:
+            continue
+        shape = x.shape
+        if not _fits(known, letters.split(", "), shape):
+            legal = ", ".join(_words(known.get(letter, letter)) for letter in letters.split(", "))
+            raise ValueError(f"{name} is {tuple(shape)}; it must be [{letters}], here [{legal}]")
         if x.device != device:
             raise ValueError(f"{name} is on {x.device}; it must be on {device}, where {first} is")
         if not x.is_floating_point():
             raise ValueError(f"{name} is {x.dtype}; it must be a floating point dtype")
+        if name in ALIKE:
+            dtype, other = dtypes.setdefault(ALIKE[name], (x.dtype, name))
+            if x.dtype != dtype:
+                raise ValueError(f"{name} is {x.dtype}; it must be {dtype}, the dtype of {other}")
         if name == first and "T" in letters:
-            known["N"] = x.shape[0]
+            known["N"] = shape[0]
             if cu_seqlens is not None:
-                _check_documents(cu_seqlens, x.shape[0], x.shape[1], device, first)
+                _check_documents(cu_seqlens, shape[0], shape[1], device, first)
                 known["N"] = len(cu_seqlens) - 1
-    for names in ALIKE:
-        alike = [name for name in names if name in given]
-        for name in alike[1:]:
-            if given[name].dtype != given[alike[0]].dtype:
-                legal = given[alike[0]].dtype
-                raise ValueError(f"{name} is {given[name].dtype}; it must be {legal}, the dtype of {alike[0]}")
     Hk, H = known["Hk"], known["H"]
     assert isinstance(Hk, int) and isinstance(H, int)
     if Hk < 1:
@@ -75,9 +75,14 @@ def conv_letters(conv_weight: Tensor) -> str:
     return "D, 1, W" if conv_weight.dim() == 3 else "D, W"
 
 
-def _fits(known: dict[str, int | tuple[int, ...]], letter: str, size: int) -> bool:
-    legal = known.setdefault(letter, size)
-    return size == legal if isinstance(legal, int) else size in legal
+def _fits(known: dict[str, int | tuple[int, ...]], letters: list[str], shape: torch.Size) -> bool:
+    if len(letters) != len(shape):
+        return False
+    for letter, size in zip(letters, shape, strict=True):
+        legal = known.setdefault(letter, size)
+        if size != legal and (isinstance(legal, int) or size not in legal):
+            return False
+    return True
 
 
 def _words(size: str | int | tuple[int, ...]) -> str:
