@@ -198,7 +198,7 @@ def _again(rank: int, lengths: tuple[int, ...], exchange: Exchange, keep: bool) 
 @pytest.mark.parametrize(("exchange", "keep"), [("scan", False), ("all_gather", True)])
 def test_triton_graph_runs_backward_again(exchange: Any, keep: bool) -> None:
     """With retain_graph: the same bits. Without it what the states came through is let go with all else."""
-    for result in run_ranks(_again, 2, (31, 1, 0, 96), exchange, keep):
+    for result in run_ranks(_again, 2, (40,), exchange, keep):
         first, *others = result["gradients"]
         assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
         assert result["alive"] == [[True], [True], [False]]
