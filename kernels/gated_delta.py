@@ -194,8 +194,7 @@ def shard_summary(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What a stretch of tokens does to the state, for context parallelism: S_out = M @ S_in + S for every S_in.
 
-    Arguments as in `gated_delta_rule`. Returns (M [N, H, K, K], S [N, H, K, V]) fp32, with gradients; on a GPU without:
-    their kernels have K + V columns, for which `configs.TABLE` has no launches (RuntimeError).
+    Arguments as in `gated_delta_rule`. Returns (M [N, H, K, K], S [N, H, K, V]) fp32, with gradients.
     """
     check_call(
         _delta_arguments(k, v, a, b, A_log, dt_bias),
@@ -262,7 +261,7 @@ def decode_step(
         decode_kernel[(B * H,)](
             x, conv_state, weight, gates, with_unit_stride(A_log), with_unit_stride(dt_bias),
             with_unit_stride(norm_weight), state, y, K**-0.5, 1e-6, norm_eps, x.stride(0), gates.stride(0), Hk=Hk, H=H,
-            K=K, V=V, BK=triton.next_power_of_2(K), BV=triton.next_power_of_2(V), W=W, L2NORM=True,
+            K=K, V=V, BK=triton.next_power_of_2(K), BV=triton.next_power_of_2(V), W=W,
             BETA_MAX=2.0 if allow_neg_eigval else 1.0, GATE=qkvz.shape[1] > D,
             **launch_for("decode", K, V).options,
         )  # fmt: skip

@@ -184,7 +184,7 @@ class Summary(torch.autograd.Function):
     def backward(ctx: Any, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         k, v, a, b, A_log, dt_bias, G, factors, Tb = ctx.saved_tensors
         narrow: Problem = ctx.problem
-        problem = narrow._replace(V=narrow.K + narrow.V)
+        problem = narrow._replace(V=narrow.K + narrow.V)  # launches stay: V is cut in blocks, K alone says what fits
         gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, factors, Tb)
         widened, initial = Summary.widen(k, v, problem.layout.N // problem.B)
         _, made, _ = launch.prepare(problem, (k, k, widened), gates, None, solved)

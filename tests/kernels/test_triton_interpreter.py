@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hybrid.kernels import gated_delta, reference
+from megatron_hybrid.kernels import configs, gated_delta, reference
 from megatron_hybrid.modules.recompute import Recomputed
 from tests.kernels import decoding, wrong_calls
 
@@ -255,6 +255,14 @@ def test_shard_summary(packed: bool) -> None:
     inputs = delta_inputs(1, 70, (1, 1, 16, 32))
     del inputs["q"], inputs["initial_state"]
     compare("shard_summary", inputs, cu_seqlens=cumulative(lengths) if packed else None)
+
+
+def test_shard_summary_has_launches_for_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they are those of (K, V), though the backward carries K + V columns."""
+    monkeypatch.setattr(configs, "current_key", lambda: ("sm_90", "3.6"))
+    inputs = delta_inputs(1, 40, (1, 1, 64, 64))
+    del inputs["q"], inputs["initial_state"]
+    compare("shard_summary", inputs)
 
 
 def test_decode_continues_the_mixer() -> None:
