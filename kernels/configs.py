@@ -17,7 +17,8 @@ import triton
 
 
 class Launch(NamedTuple):
-    """warps, stages and registers as triton's num_warps, num_stages and maxnreg; block: columns (of V, or channels)."""
+    """warps, stages and registers as triton's num_warps, num_stages and maxnreg; block: columns of V, channels, or (of
+    the norms) rows."""
 
     warps: int
     stages: int

@@ -2,7 +2,8 @@
 
     triton     the kernels in triton_*.py; default on a GPU
     reference  plain PyTorch (reference.py); default on CPU
-    fla        flash-linear-attention, when installed, to measure against; the delta rule only
+    fla        flash-linear-attention, when installed, to measure against; no summaries, no single tokens, no documents
+               that ranks share
 
 The backend is the caller's choice or the default of the tensors' device, said once in the log. None stands in for
 another: what a backend cannot do, it refuses.
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hybrid.kernels import reference
+from megatron_hybrid.kernels.checks import check_call, conv_letters, mixer_sizes
 
 PassStates = reference.PassStates
 BACKENDS = ("triton", "reference", "fla")
@@ -64,13 +66,13 @@ def gated_delta_rule(
     """o and the final state of S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t.
 
     Args:
-        q, k: [B, T, Hk, K]; v: [B, T, H, V]; views of a projection are read where they are.
-        a, b: [B, T, H] raw decay and write-strength projections: g = -exp(A_log) softplus(a + dt_bias) and
-            beta = sigmoid(b), doubled with allow_neg_eigval, both in fp32. A_log, dt_bias: [H].
+        q, k: [B, T, Hk, K]; v: [B, T, H, V], of one dtype; views of a projection are read where they are.
+        a, b: [B, T, H], of one dtype, raw decay and write-strength projections: g = -exp(A_log) softplus(a + dt_bias)
+            and beta = sigmoid(b), doubled with allow_neg_eigval, both in fp32. A_log, dt_bias: [H].
         scale: K^-0.5 if None.
         initial_state: [N, H, K, V] fp32; zeros if None.
         cu_seqlens: [N + 1] int32 or int64, document boundaries 0 ... T of one packed row (B = 1). On a GPU its
-            values are not read back, so they are not checked.
+            values are not read back, so they are not checked; on CPU they are.
         qk_l2norm: normalise q and k; without it they are taken as normalised.
         states_every: triton: keep the state entering every n-th chunk of 64 tokens for the backward; 0 keeps none.
         keep_intermediates: triton: keep all that the backward reads, so that it computes nothing again; the states are
@@ -80,10 +82,14 @@ def gated_delta_rule(
     Returns:
         (o [B, T, H, V] in the dtype of v, final state [N, H, K, V] fp32 or None).
 
-    Raises ValueError when shapes or dtypes disagree, RuntimeError when the backend cannot run here.
+    Raises ValueError when shapes, dtypes or devices disagree, RuntimeError when the backend cannot run here.
     Source: "Gated Delta Networks" (arXiv 2412.06464), with beta up to 2.
     """
-    _check_delta(q, k, v, a, b, cu_seqlens)
+    check_call(
+        {"q": ("B, T, Hk, K", q), **_delta_arguments(k, v, a, b, A_log, dt_bias)}
+        | {"initial_state": ("N, H, K, V", initial_state)},
+        key_heads="the number of heads of k", value_heads="the number of heads of v", cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     keep = _kept(states_every, keep_intermediates)
     name = choose_backend(backend, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -91,9 +97,8 @@ def gated_delta_rule(
         from megatron_hybrid.kernels.triton_autograd import DeltaRule, Options, with_unit_stride
 
         options = Options(scale, allow_neg_eigval, qk_l2norm, **keep)
-        q, k, v, a, b = (with_unit_stride(x) for x in (q, k, v, a, b))
-        state = _fp32(initial_state)
-        return DeltaRule.apply(q, k, v, a, b, A_log, dt_bias, state, options, cu_seqlens, output_final_state)
+        dense = (with_unit_stride(x) for x in (q, k, v, a, b, A_log, dt_bias))
+        return DeltaRule.apply(*dense, _fp32(initial_state), options, cu_seqlens, output_final_state)
     if name == "fla":
         return _fla(
             q, k, v, a, b, A_log, dt_bias, scale, initial_state, output_final_state, cu_seqlens, allow_neg_eigval,
@@ -120,7 +125,7 @@ def mixer_core(
     Args:
         qkvz: [B, T, D + H V], the projections q, k, v (before their convolution) and z one after the other, any batch
             and token strides; [B, T, D] without an output gate.
-        ab: [B, T, 2 H], a then b.
+        ab: [B, T, 2 H], a then b. A_log, dt_bias: [H].
         conv_weight: [D, W] or [D, 1, W], W <= 4. norm_weight: [V].
         conv_halo: [N, D, W - 1], the inputs before each document, oldest first; zeros if None.
         initial_state, output_final_state, cu_seqlens, states_every, keep_intermediates, allow_neg_eigval: as in
@@ -131,18 +136,18 @@ def mixer_core(
         (y [B, T, H V] in the dtype of qkvz, final state [N, H, K, V] fp32 or None). Gradients flow to every tensor,
         conv_halo and initial_state too.
 
-    Raises ValueError when shapes disagree, RuntimeError when the backend cannot run here.
+    Raises ValueError when shapes or devices disagree, RuntimeError when the backend cannot run here.
     """
     Hk, H, K, V = num_key_heads, num_value_heads, key_dim, value_dim
-    D = 2 * Hk * K + H * V
-    if qkvz.dim() != 3 or qkvz.shape[-1] not in (D, D + H * V):
-        raise ValueError(f"qkvz is {tuple(qkvz.shape)}; its last dimension must be {D} (no gate) or {D + H * V}")
-    if ab.shape != (*qkvz.shape[:2], 2 * H):
-        raise ValueError(f"ab is {tuple(ab.shape)}; it must be {(*qkvz.shape[:2], 2 * H)}")
+    check_call(
+        {"qkvz": ("B, T, D or D + H V", qkvz), "ab": ("B, T, 2 H", ab)}
+        | _mixer_weights(conv_weight, A_log, dt_bias, norm_weight)
+        | {"conv_halo": ("N, D, W - 1", conv_halo), "initial_state": ("N, H, K, V", initial_state)},
+        key_heads="num_key_heads", value_heads="num_value_heads", cu_seqlens=cu_seqlens,
+        sizes=mixer_sizes(Hk, H, K, V, conv_weight),
+    )  # fmt: skip
     weight = conv_weight.flatten(1)
-    W = weight.shape[1]
-    if weight.shape[0] != D or not 1 <= W <= 4:
-        raise ValueError(f"conv_weight is {tuple(conv_weight.shape)}; it must be [{D}, W] with W from 1 to 4")
+    D, W = weight.shape
     if pass_states is not None and (initial_state is not None or output_final_state):
         raise ValueError(
             "pass_states brings the initial states and takes the final ones: neither can be given or asked"
@@ -162,9 +167,9 @@ def mixer_core(
         options = Options(K**-0.5, allow_neg_eigval, norm_eps=norm_eps, **keep)
         halo = None if conv_halo is None else _four_taps(conv_halo, 4 - W)
         y, final = MixerCore.apply(
-            with_unit_stride(qkvz), with_unit_stride(ab), _four_taps(weight, 4 - W), A_log, dt_bias,
-            norm_weight, halo, _fp32(initial_state), (Hk, H, K, V), options, cu_seqlens, output_final_state,
-            pass_states,
+            with_unit_stride(qkvz), with_unit_stride(ab), _four_taps(weight, 4 - W), with_unit_stride(A_log),
+            with_unit_stride(dt_bias), with_unit_stride(norm_weight), halo, _fp32(initial_state), (Hk, H, K, V),
+            options, cu_seqlens, output_final_state, pass_states,
         )  # fmt: skip
         return y.flatten(2), final
     x = reference.causal_conv_silu(qkvz[..., :D], weight, cu_seqlens=cu_seqlens, initial_state=conv_halo)
@@ -185,23 +190,24 @@ def mixer_core(
 
 def shard_summary(
     k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, *, cu_seqlens: Tensor | None = None,
-    allow_neg_eigval: bool = True, k_l2norm: bool = True, states_every: int = 0, backend: str | None = None,
+    allow_neg_eigval: bool = True, k_l2norm: bool = True, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What a stretch of tokens does to the state, for context parallelism: S_out = M @ S_in + S for every S_in.
 
-    Arguments as in `gated_delta_rule`. Returns (M [N, H, K, K], S [N, H, K, V]) fp32, with gradients; on a GPU without:
-    their kernels have K + V columns, for which `configs.TABLE` has no launches (RuntimeError).
+    Arguments as in `gated_delta_rule`. Returns (M [N, H, K, K], S [N, H, K, V]) fp32, with gradients.
     """
-    _check_delta(k, k, v, a, b, cu_seqlens)
+    check_call(
+        _delta_arguments(k, v, a, b, A_log, dt_bias),
+        key_heads="the number of heads of k", value_heads="the number of heads of v", cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     name = choose_backend(backend, v)
     if name == "fla":
         raise RuntimeError("backend fla has no shard summary; use triton or reference")
     if name == "triton" and v.numel():
         from megatron_hybrid.kernels.triton_autograd import Options, Summary, with_unit_stride
 
-        options = Options(1.0, allow_neg_eigval, k_l2norm, states_every)
-        k, v, a, b = (with_unit_stride(x) for x in (k, v, a, b))
-        both = Summary.apply(k, v, a, b, A_log, dt_bias, options, cu_seqlens)
+        options = Options(1.0, allow_neg_eigval, k_l2norm)
+        both = Summary.apply(*(with_unit_stride(x) for x in (k, v, a, b, A_log, dt_bias)), options, cu_seqlens)
         return both[..., : k.shape[-1]], both[..., k.shape[-1] :]
     g, beta = reference.gates(a, b, A_log, dt_bias, allow_neg_eigval=allow_neg_eigval)
     return reference.shard_summary(reference.l2norm(k) if k_l2norm else k, v, g, beta, cu_seqlens=cu_seqlens)
@@ -220,25 +226,44 @@ def decode_step(
         conv_state: [B, D, W - 1], the inputs before this token, oldest first.
         state: [B, H, K, V] fp32.
 
-    Returns y [B, H V] in the dtype of qkvz.
+    Returns y [B, H V] in the dtype of qkvz. Raises as `mixer_core`.
     """
+    if state.dim() != 4:
+        raise ValueError(f"state is {tuple(state.shape)}; it must be [B, H, K, V]")
     B, H, K, V = state.shape
-    Hk, weight = num_key_heads, conv_weight.flatten(1).contiguous()
+    Hk = num_key_heads
+    check_call(
+        {"state": ("B, H, K, V", state), "qkvz": ("B, D or D + H V", qkvz), "ab": ("B, 2 H", ab)}
+        | _mixer_weights(conv_weight, A_log, dt_bias, norm_weight)
+        | {"conv_state": ("B, D, W - 1", conv_state)},
+        key_heads="num_key_heads", value_heads="the number of heads of state",
+        sizes=mixer_sizes(Hk, H, K, V, conv_weight),
+    )  # fmt: skip
+    if state.dtype != torch.float32:
+        raise ValueError(f"state is {state.dtype}; it must be torch.float32: tokens add to it one by one")
+    weight = conv_weight.flatten(1).contiguous()
     D, W = weight.shape
-    if choose_backend(backend, qkvz) == "triton":
+    name = choose_backend(backend, qkvz)
+    if name == "fla":
+        raise RuntimeError("backend fla has no step of one token here; use triton or reference")
+    if name == "triton":
         import triton
 
         from megatron_hybrid.kernels.configs import launch_for
+        from megatron_hybrid.kernels.triton_autograd import with_unit_stride
         from megatron_hybrid.kernels.triton_decode import decode_kernel
 
-        if not (state.is_contiguous() and conv_state.is_contiguous() and state.dtype == torch.float32):
-            raise ValueError("decode_step updates state (fp32) and conv_state in place: both must be contiguous")
+        for what, x in (("state", state), ("conv_state", conv_state)):
+            if not x.is_contiguous():
+                raise ValueError(f"{what} has strides {x.stride()}; it must be contiguous: it is updated in place")
+        x, gates = with_unit_stride(qkvz), with_unit_stride(ab)
         y = qkvz.new_empty(B, H * V)
         decode_kernel[(B * H,)](
-            qkvz, conv_state, weight, ab, A_log, dt_bias, norm_weight, state, y, K**-0.5, 1e-6, norm_eps,
-            qkvz.stride(0), ab.stride(0), Hk=Hk, H=H, K=K, V=V, BK=triton.next_power_of_2(K),
-            BV=triton.next_power_of_2(V), W=W, L2NORM=True, BETA_MAX=2.0 if allow_neg_eigval else 1.0,
-            GATE=qkvz.shape[1] > D, **launch_for("decode", K, V).options,
+            x, conv_state, weight, gates, with_unit_stride(A_log), with_unit_stride(dt_bias),
+            with_unit_stride(norm_weight), state, y, K**-0.5, 1e-6, norm_eps, x.stride(0), gates.stride(0), Hk=Hk, H=H,
+            K=K, V=V, BK=triton.next_power_of_2(K), BV=triton.next_power_of_2(V), W=W,
+            BETA_MAX=2.0 if allow_neg_eigval else 1.0, GATE=qkvz.shape[1] > D,
+            **launch_for("decode", K, V).options,
         )  # fmt: skip
     else:
         out, final = mixer_core(
@@ -269,18 +294,24 @@ def _kept(states_every: int, keep_intermediates: bool) -> dict[str, Any]:
     return {"states_every": states_every, "keep_intermediates": keep_intermediates}
 
 
-def _check_delta(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, cu_seqlens: Tensor | None) -> None:
-    if q.shape != k.shape or q.dim() != 4 or v.dim() != 4 or q.shape[:2] != v.shape[:2]:
-        raise ValueError(
-            f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; they must be [B, T, Hk, K], the same, and "
-            "[B, T, H, V]"
-        )
-    if v.shape[2] % q.shape[2]:
-        raise ValueError(f"v has {v.shape[2]} heads; it must be a multiple of the key heads, {q.shape[2]}")
-    if a.shape != v.shape[:3] or b.shape != v.shape[:3]:
-        raise ValueError(f"a is {tuple(a.shape)}, b {tuple(b.shape)}; both must be {tuple(v.shape[:3])}")
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or q.shape[0] != 1):
-        raise ValueError(f"cu_seqlens is {tuple(cu_seqlens.shape)} for B = {q.shape[0]}; it must be [N + 1] with B = 1")
+def _delta_arguments(
+    k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor
+) -> dict[str, tuple[str, Tensor | None]]:
+    """What `check_call` takes."""
+    return {
+        "k": ("B, T, Hk, K", k), "v": ("B, T, H, V", v), "a": ("B, T, H", a), "b": ("B, T, H", b),
+        "A_log": ("H", A_log), "dt_bias": ("H", dt_bias),
+    }  # fmt: skip
+
+
+def _mixer_weights(
+    conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor
+) -> dict[str, tuple[str, Tensor | None]]:
+    """What `check_call` takes."""
+    return {
+        "conv_weight": (conv_letters(conv_weight), conv_weight), "A_log": ("H", A_log), "dt_bias": ("H", dt_bias),
+        "norm_weight": ("V", norm_weight),
+    }  # fmt: skip
 
 
 def _fp32(state: Tensor | None) -> Tensor | None:

@@ -46,20 +46,19 @@ class Recorded(NamedTuple):
 
     name: str
     function: Any
-    grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, int | None]
 
 
 class Resources(NamedTuple):
-    """What ptxas says of one kernel. instructions counts tensor-core instructions by name and shape."""
+    """What ptxas says of one kernel. spill_bytes counts loads and stores of local memory, not their bytes; instructions
+    counts tensor-core instructions by name and shape."""
 
     registers: int
     stack_bytes: int
     spill_bytes: int
     shared_bytes: int
     instructions: Counter[str]
-    compiled: Any
 
 
 @contextmanager
@@ -80,7 +79,7 @@ def recording(**launch_table: Launch) -> Iterator[list[Recorded]]:
                 options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages", "maxnreg")}
                 names = self.function.arg_names
                 launches.append(
-                    Recorded(self.name, self.function, grid, dict(zip(names, args, strict=False)) | kwargs, options)
+                    Recorded(self.name, self.function, dict(zip(names, args, strict=False)) | kwargs, options)
                 )
 
             return launch
@@ -129,7 +128,7 @@ def resources(compiled: Any) -> Resources:
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     matrix = Counter(re.findall(r"\b((?:HGMMA|UTCHMMA|UTCQMMA|HMMA|UTCMMA)[\w.]*)", sass))
     local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    return Resources(found["REG"], found["STACK"], local, compiled.metadata.shared, matrix, compiled)
+    return Resources(found["REG"], found["STACK"], local, compiled.metadata.shared, matrix)
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:

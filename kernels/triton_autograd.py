@@ -4,7 +4,7 @@ Letters as in triton_tiles.py. What is kept for the backward is little: the inpu
 and head (`Solved`) and Tb. q, k, v, scores and states are computed again, the states from every n-th one when those are
 kept. With Options.keep_intermediates nothing is computed again: all that the backward reads is kept, which v is not
 part of.
-Nothing that is kept is written to: a graph may be run backward twice.
+Nothing that is kept is written to, and what is kept is saved as autograd saves: a graph may be run backward twice.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class MixerCore(torch.autograd.Function):
         gates, conv = Gates(a, b, A_log, dt_bias), Conv(conv_weight, halo)
         x = qkvz[..., : conv_weight.shape[0]]
         v, made, solved = launch.prepare(problem, (x, x, x), gates, conv, with_scores=pass_states is None)
-        ctx.passed = None
+        incoming, S = None, None
         if pass_states is not None:
             M, S = launch.summary(problem, made, solved, v)
             with torch.enable_grad():
@@ -99,13 +99,14 @@ class MixerCore(torch.autograd.Function):
             launch.score(problem, made, solved, gates)  # meanwhile
             with torch.enable_grad():
                 incoming = wait()
-            ctx.passed, initial = (incoming, S), incoming.detach().contiguous()
+            initial = incoming.detach().contiguous()
         y = torch.empty_like(v)
         o = launch.unnormed(torch.empty_like(v) if options.keep_intermediates else y)
         states = launch.scan(problem, made, solved, v, initial=initial, o=o, want_final=want_final)
         launch.norm(problem, o, z, norm_weight, y)
         kept = (*made, states.h, states.u, o) if options.keep_intermediates else (states.kept, initial)
-        ctx.save_for_backward(qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, *solved, *kept)
+        # incoming brings the graph it came through, which so lives as long as the rest of what is saved.
+        ctx.save_for_backward(qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, incoming, S, *solved, *kept)
         ctx.problem, ctx.heads = problem, heads
         ctx.set_materialize_grads(False)
         return y, states.final
@@ -113,7 +114,7 @@ class MixerCore(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, G, factors, Tb, *rest = ctx.saved_tensors
+        qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, incoming, S, G, factors, Tb, *rest = ctx.saved_tensors
         problem: Problem = ctx.problem
         z = split_projection(qkvz, ctx.heads)[3]
         x = qkvz[..., : conv_weight.shape[0]]
@@ -135,12 +136,11 @@ class MixerCore(torch.autograd.Function):
         dnorm = launch.norm_backward(problem, o, z, norm_weight, dy, do, dz)
         dfinal = None if dfinal is None else dfinal.contiguous()
         want_dinitial = ctx.needs_input_grad[7]
-        if ctx.passed is not None:
-            incoming, S = ctx.passed
+        if incoming is not None:
             own = launch.new_adjoint(problem, made, want_dinitial=True, store=False)
             launch.adjoint_scan(problem, made, solved, do, None, own)
             # The chain is linear in S, and its transpose carries what each stretch sends back to the ones before it.
-            (dfinal,) = torch.autograd.grad(incoming, S, own.dinitial)
+            (dfinal,) = torch.autograd.grad(incoming, S, own.dinitial, retain_graph=True)
         da, db = dab.chunk(2, dim=-1)
         g = launch.gradients(problem, made, solved, states, do, dfinal, gates, da, db, want_dinitial)
         dx = dqkvz[..., : conv_weight.shape[0]]
@@ -184,7 +184,7 @@ class Summary(torch.autograd.Function):
     def backward(ctx: Any, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         k, v, a, b, A_log, dt_bias, G, factors, Tb = ctx.saved_tensors
         narrow: Problem = ctx.problem
-        problem = narrow._replace(V=narrow.K + narrow.V)
+        problem = narrow._replace(V=narrow.K + narrow.V)  # launches stay: V is cut in blocks, K alone says what fits
         gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, factors, Tb)
         widened, initial = Summary.widen(k, v, problem.layout.N // problem.B)
         _, made, _ = launch.prepare(problem, (k, k, widened), gates, None, solved)

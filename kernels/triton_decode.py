@@ -27,7 +27,7 @@ def convolved(x, window, weight, channel, BD: tl.constexpr, D: tl.constexpr, W: 
 def decode_kernel(
     x_in, window_in, weight, ab_in, A_log, dt_bias, norm_w, state, y_out, scale, l2_eps, norm_eps, x_sb, ab_sb,
     Hk: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    W: tl.constexpr, L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, GATE: tl.constexpr,
+    W: tl.constexpr, BETA_MAX: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """One row and value head. state [B, H, K, V] fp32 is updated in place; x_in rows hold q, k, v and, with GATE, z."""
     b = (tl.program_id(0) // H).to(tl.int64)
@@ -39,9 +39,8 @@ def decode_kernel(
     q = convolved(x, window, weight, i_k * K, BK, K, W)
     k = convolved(x, window, weight, (Hk + i_k) * K, BK, K, W)
     v = convolved(x, window, weight, 2 * Hk * K + i_h * V, BV, V, W)
-    if L2NORM:
-        q *= tl.rsqrt(tl.sum(q * q, 0) + l2_eps)
-        k *= tl.rsqrt(tl.sum(k * k, 0) + l2_eps)
+    q *= tl.rsqrt(tl.sum(q * q, 0) + l2_eps)
+    k *= tl.rsqrt(tl.sum(k * k, 0) + l2_eps)
     a = tl.load(ab_in + b * ab_sb + i_h).to(tl.float32) + tl.load(dt_bias + i_h).to(tl.float32)
     decay = exp_fp32(-exp_fp32(tl.load(A_log + i_h).to(tl.float32)) * softplus_fp32(a))
     beta = BETA_MAX * sigmoid_fp32(tl.load(ab_in + b * ab_sb + H + i_h).to(tl.float32))

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_hybrid.kernels.configs import launch_for
+from megatron_hybrid.kernels.configs import Launch, launch_for
 from megatron_hybrid.kernels.streams import beside
 from megatron_hybrid.kernels.triton_backward import (
     adjoint_scan_kernel,
@@ -55,6 +55,7 @@ class Problem(NamedTuple):
     options: Options
     layout: Layout
     segments: Layout | None  #: pieces of states_every chunks, when states are kept
+    tuned_V: int  #: value dim that launches are looked up by: V, or what it was before columns came to it
 
     @property
     def tables(self) -> dict[str, Tensor]:
@@ -70,6 +71,10 @@ class Problem(NamedTuple):
             "PACKED": self.layout.is_packed,
         }  # fmt: skip
 
+    def launch(self, kernel: str) -> Launch:
+        """How a kernel is launched."""
+        return launch_for(kernel, self.K, self.tuned_V)
+
 
 def make_problem(q: Tensor, v: Tensor, options: Options, cu_seqlens: Tensor | None) -> Problem:
     """q [B, T, Hk, K], v [B, T, H, V]; cu_seqlens [N + 1] or None."""
@@ -78,7 +83,7 @@ def make_problem(q: Tensor, v: Tensor, options: Options, cu_seqlens: Tensor | No
     every = options.states_every
     layout = make_layout(B, T, cu_seqlens, q.device)
     segments = make_layout(B, T, cu_seqlens, q.device, CHUNK * every) if every > 0 else None
-    return Problem(B, T, Hk, H, K, V, options, layout, segments)
+    return Problem(B, T, Hk, H, K, V, options, layout, segments, V)
 
 
 class Gates(NamedTuple):
@@ -141,15 +146,15 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 
 def convolve(problem: Problem, x: Tensor, conv: Conv) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, k [B, T, Hk, K] normalised, v [B, T, H, V], both 1 / norms [NC, Hk, C]; from x [B, T, D] before its conv."""
-    B, T, Hk, H, K, V, options, layout, _ = problem
-    launch = launch_for("conv", K, V)
+    B, T, Hk, H, K, V, options, layout, *_ = problem
+    launch = problem.launch("conv")
     q, k, v = x.new_empty(B, T, Hk, K), x.new_empty(B, T, Hk, K), x.new_empty(B, T, H, V)
     rstd_q, rstd_k = torch.empty(2, layout.num_chunks, Hk, CHUNK, dtype=torch.float32, device=x.device)
     sizes = {name: size for name, size in problem.sizes.items() if name != "GROUP"}
     conv_kernel[(layout.num_chunks * (2 * Hk + triton.cdiv(H * V, launch.block)),)](
         x, conv.weight.t().contiguous(), x if conv.halo is None else conv.halo, q, k, v, rstd_q, rstd_k,
         **problem.tables, T=T, eps=options.l2norm_eps, **strides(x=x), Hk=Hk, **sizes, BV=launch.block, W=TAPS,
-        HALO=conv.halo is not None, L2NORM=options.qk_l2norm, **launch.options,
+        HALO=conv.halo is not None, **launch.options,
     )  # fmt: skip
     return q, k, v, rstd_q, rstd_k
 
@@ -164,7 +169,7 @@ def prepare(
 
     inputs: q, k [B, T, Hk, K] and v [B, T, H, V], or with a convolution x [B, T, D] alone; any strides but the last.
     """
-    B, T, Hk, H, K, V, options, layout, _ = problem
+    B, T, Hk, H, K, _V, options, layout, *_ = problem
     NC, solve = layout.num_chunks, solved is None
     scaled = not solve or options.keep_intermediates
     if conv is None:
@@ -184,10 +189,6 @@ def prepare(
         rstd_k,
         q.new_empty(NC, H, CHUNK, CHUNK),
     )
-    common: dict[str, object] = {
-        **problem.tables, **strides(k=k, a=gates.a, b=gates.b), **problem.sizes,
-        "T": T, "eps": options.l2norm_eps, "L2NORM": normalise, "BETA_MAX": options.beta_max,
-    }  # fmt: skip
     diagonal = q
     if solved is None:
         solved = Solved(
@@ -197,36 +198,51 @@ def prepare(
         )
         merged_in = torch.float32 if q.dtype == torch.float32 else torch.float16  # fp32: the interpreter's
         diagonal = q.new_empty(NC, H, 2, 32, 32, dtype=merged_in)
-        launch = launch_for("diagonal", K, V)
-        without_v = {name: size for name, size in common.items() if name != "V"}
-        diagonal_kernel[(NC * H * 2,)](k, *gates, diagonal, **without_v, PRECISION=DIAGONAL_PRECISION, **launch.options)
-    launch = launch_for("prepare_normalising" if normalise else "prepare", K, V)
-    prepare_kernel[(NC * H,)](
-        q, k, *gates, diagonal, made.q, made.k, made.scaled_q, rstd_q, rstd_k, *solved, made.P,
-        **common, **strides(q=q), scale=options.scale, SOLVE=solve, SCORES=with_scores, SCALED=scaled,
-        **launch.options,
-    )  # fmt: skip
+        launch = problem.launch("diagonal")
+        diagonal_kernel[(NC * H * 2,)](
+            k, *gates, diagonal, **_chunk_arguments(problem, k, gates, normalise), PRECISION=DIAGONAL_PRECISION,
+            **launch.options,
+        )  # fmt: skip
+    _prepare(problem, (q, k), gates, diagonal, made, solved, normalise, SOLVE=solve, SCORES=with_scores, SCALED=scaled)
     return v, made, solved
 
 
 def score(problem: Problem, made: Prepared, solved: Solved, gates: Gates) -> None:
     """Fills made.P, which needs no state: it can run while states are on their way."""
-    launch = launch_for("prepare", problem.K, problem.V)
-    options, q, k = problem.options, made.q, made.k
+    q, k = made.q, made.k
+    _prepare(problem, (q, k), gates, q, made, solved, False, SOLVE=False, SCORES=True, SCALED=False)
+
+
+def _prepare(
+    problem: Problem, inputs: tuple[Tensor, Tensor], gates: Gates, diagonal: Tensor, made: Prepared, solved: Solved,
+    normalise: bool, **wanted: bool,
+) -> None:  # fmt: skip
+    """inputs: q and k as given, which with `normalise` are not yet those of `made`; wanted: as the kernel has it."""
+    q, k = inputs
+    launch = problem.launch("prepare_normalising" if normalise else "prepare")
     prepare_kernel[(problem.layout.num_chunks * problem.H,)](
-        q, k, *gates, q, q, k, q, made.rstd_q, made.rstd_k, *solved, made.P,
-        **problem.tables, **strides(q=q, k=k, a=gates.a, b=gates.b), **problem.sizes, T=problem.T,
-        scale=options.scale, eps=options.l2norm_eps, L2NORM=False, BETA_MAX=options.beta_max,
-        SOLVE=False, SCORES=True, SCALED=False, **launch.options,
+        q, k, *gates, diagonal, made.q, made.k, made.scaled_q, made.rstd_q, made.rstd_k, *solved, made.P,
+        **_chunk_arguments(problem, k, gates, normalise), **strides(q=q), scale=problem.options.scale, **wanted,
+        **launch.options,
     )  # fmt: skip
+
+
+def _chunk_arguments(problem: Problem, k: Tensor, gates: Gates, normalise: bool) -> dict[str, object]:
+    """What both kernels of a chunk's inverse take; neither sees values."""
+    options = problem.options
+    sizes = {name: size for name, size in problem.sizes.items() if name != "V"}
+    return {
+        **problem.tables, **strides(k=k, a=gates.a, b=gates.b), **sizes, "T": problem.T, "eps": options.l2norm_eps,
+        "L2NORM": normalise, "BETA_MAX": options.beta_max,
+    }  # fmt: skip
 
 
 def summary(problem: Problem, made: Prepared, solved: Solved, v: Tensor) -> tuple[Tensor, Tensor]:
     """M [N, H, K, K] and S [N, H, K, V] fp32: each document makes S_out = M S_in + S of the state before it."""
-    _B, T, _Hk, H, K, V, _, layout, _ = problem
+    _B, T, _Hk, H, K, V, _, layout, *_ = problem
     results = []
     for columns, is_map in ((K, True), (V, False)):
-        launch = launch_for("scan", K, V)
+        launch = problem.launch("scan")
         final = torch.empty(layout.N, H, K, columns, dtype=torch.float32, device=made.k.device)
         k, nothing = made.k, final
         scan_kernel[(layout.N * H * triton.cdiv(columns, launch.block),)](
@@ -259,7 +275,7 @@ def scan(
     initial [N, H, K, V] fp32. o [B, T, H, V] of any dtype is written when given. The first time states are kept as the
     options say; is_again, in a backward pass, h and u are wanted instead, and the first time with keep_intermediates.
     """
-    B, T, _Hk, H, K, V, options, layout, segments = problem
+    B, T, _Hk, H, K, V, options, layout, segments, _ = problem
     every, k = options.states_every, made.k
     in_pieces, whole = kept is not None, is_again or options.keep_intermediates
     u = k.new_empty(B * T, H, V) if whole else None
@@ -273,7 +289,7 @@ def scan(
         kept = h if every == 1 else k.new_empty(segments.num_chunks, H, V, K, dtype=torch.float32)
     where = layout if segments is None else segments
     programs = where.num_chunks if in_pieces else layout.N
-    launch = launch_for("scan_again" if whole else "scan", K, V)
+    launch = problem.launch("scan_again" if whole else "scan")
     scan_kernel[(programs * H * triton.cdiv(V, launch.block),)](
         made.q, k, v, solved.Tb, made.P, solved.factors,
         *(k if x is None else x for x in (initial, o, h, u, kept, final)),
@@ -290,7 +306,7 @@ def norm(problem: Problem, o: Tensor, z: Tensor | None, norm_weight: Tensor, y: 
     """Fills y [B, T, H, V], which may be o's memory: o through the RMSNorm with weight [V], times silu(z) if any."""
     rows = y.numel() // y.shape[-1]
     gate = y if z is None else z
-    launch = launch_for("norm", problem.K, problem.V)
+    launch = problem.launch("norm")
     VA, VB = split_dim(problem.V)
     norm_kernel[(triton.cdiv(rows, launch.block),)](
         o, gate, norm_weight, y, problem.T, rows, problem.options.norm_eps, **strides(z=gate),
@@ -302,11 +318,11 @@ def norm_backward(
     problem: Problem, o: Tensor, z: Tensor | None, norm_weight: Tensor, dy: Tensor, do: Tensor, dz: Tensor | None
 ) -> Tensor:
     """Gradient of norm_weight [V] fp32. do [B, T, H, V], which may be o's memory, and dz (any strides) are written."""
-    _B, T, _Hk, H, K, V, options, layout, _ = problem
+    _B, T, _Hk, H, _K, V, options, layout, *_ = problem
     dw = torch.empty(layout.num_chunks, H, V, dtype=torch.float32, device=o.device)
     VA, VB = split_dim(V)
     gate, dgate = (do, do) if z is None or dz is None else (z, dz)
-    launch = launch_for("norm_backward", K, V)
+    launch = problem.launch("norm_backward")
     norm_backward_kernel[(layout.num_chunks * H,)](
         o, gate, dy, norm_weight, do, dgate, dw, **problem.tables, T=T, eps=options.norm_eps,
         **strides(z=gate, dy=dy, dz=dgate), H=H, V=V, VA=VA, VB=VB, C=CHUNK, R=launch.block, GATE=z is not None,
@@ -325,7 +341,7 @@ class Adjoint(NamedTuple):
 
 def new_adjoint(problem: Problem, made: Prepared, want_dinitial: bool, store: bool = True) -> Adjoint:
     """For `adjoint_scan` to fill. store false: dinitial alone; ds and dr are empty."""
-    B, T, _Hk, H, K, V, _options, layout, _ = problem
+    B, T, _Hk, H, K, V, _options, layout, *_ = problem
     return Adjoint(
         made.k.new_empty(layout.num_chunks if store else 0, H, V, K),
         made.k.new_empty(B, T if store else 0, H, V),
@@ -337,9 +353,9 @@ def adjoint_scan(
     problem: Problem, made: Prepared, solved: Solved, do: Tensor, dfinal: Tensor | None, out: Adjoint
 ) -> None:
     """Fills `out` with the gradients of the states, last chunk first. do [B, T, H, V] of any strides but the last."""
-    _B, T, _Hk, H, K, V, _options, layout, _ = problem
+    _B, T, _Hk, H, _K, V, _options, layout, *_ = problem
     ds, dr, dinitial = out
-    launch = launch_for("adjoint_scan", K, V)
+    launch = problem.launch("adjoint_scan")
     adjoint_scan_kernel[(layout.N * H * triton.cdiv(V, launch.block),)](
         made.scaled_q, made.k, solved.Tb, made.P, solved.factors, do, ds if dfinal is None else dfinal, ds, dr,
         ds if dinitial is None else dinitial, layout.bounds, layout.chunk_start, T, **strides(do=do),
@@ -358,9 +374,9 @@ class QueryGradient(NamedTuple):
 
 def query_gradient(problem: Problem, made: Prepared, solved: Solved, states: Scanned, do: Tensor) -> QueryGradient:
     """What needs all V columns of a chunk but nothing of the adjoint scan."""
-    B, T, _Hk, H, K, V, options, layout, _ = problem
+    B, T, _Hk, H, K, _V, options, layout, *_ = problem
     out = QueryGradient(made.q.new_empty(B, T, H, K), torch.empty_like(made.P), torch.empty_like(solved.G))
-    launch = launch_for("query_gradient", K, V)
+    launch = problem.launch("query_gradient")
     query_gradient_kernel[(layout.num_chunks * H,)](
         made.q, made.k, made.P, out.dP, solved.G, states.u, states.h, do, made.rstd_q, out.dq, out.dG,
         **problem.tables, T=T, scale=options.scale, **strides(do=do), **problem.sizes, BV=launch.block,
@@ -380,8 +396,8 @@ def inverse_gradient(
     problem: Problem, made: Prepared, solved: Solved, states: Scanned, dr: Tensor, out: InverseGradient, db: Tensor
 ) -> None:
     """Fills `out` and db [B, T, H]."""
-    _B, T, _Hk, H, K, V, options, layout, _ = problem
-    launch = launch_for("inverse_gradient", K, V)
+    _B, T, _Hk, H, _K, _V, options, layout, *_ = problem
+    launch = problem.launch("inverse_gradient")
     inverse_gradient_kernel[(layout.num_chunks * H,)](
         made.k, solved.G, solved.factors, states.u, dr, out.D, db, out.dG, **problem.tables, T=T, **strides(db=db),
         **problem.sizes, BV=launch.block, BETA_MAX=options.beta_max, **launch.options,
@@ -408,7 +424,7 @@ def gradients(
     The adjoint scan has too few programs for all multiprocessors, and they wait for one another: what does not need it
     runs beside it.
     """
-    _B, T, Hk, H, K, V, options, layout, _ = problem
+    _B, T, Hk, H, _K, _V, options, layout, *_ = problem
     adjoint = new_adjoint(problem, made, want_dinitial)
     inverse = InverseGradient(torch.empty_like(made.P), torch.empty_like(solved.G))
     with beside(do) as second:
@@ -420,7 +436,7 @@ def gradients(
             inverse_gradient(problem, made, solved, states, adjoint.dr, inverse, db)
     dq, dk = query.dq, torch.empty_like(query.dq)
     partial = torch.empty(2, H, layout.num_chunks, dtype=torch.float32, device=dq.device)
-    launch = launch_for("key_gradient", K, V)
+    launch = problem.launch("key_gradient")
     key_gradient_kernel[(layout.num_chunks * H,)](
         made.q, made.k, query.dP, inverse.D, solved.G, query.dG, inverse.dG, states.u, states.h, adjoint.ds,
         adjoint.dr, gates.a, gates.A_log, gates.dt_bias, made.rstd_k, dk, da, *partial,
@@ -437,8 +453,8 @@ def conv_backward(
     problem: Problem, x: Tensor, conv: Conv, dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the conv weight [D, 4] and of the halo [N, D, 3], fp32; dx [B, T, D] is written in place."""
-    _B, T, Hk, H, K, V, _, layout, _ = problem
-    launch = launch_for("conv_backward", K, V)
+    _B, T, Hk, H, K, V, _, layout, *_ = problem
+    launch = problem.launch("conv_backward")
     DQ, DV, BD = Hk * K, H * V, launch.block
     dw = torch.empty(layout.num_chunks, 2 * DQ + DV, TAPS, dtype=torch.float32, device=x.device)
     # Zeros: a document without tokens sends its halo nothing.

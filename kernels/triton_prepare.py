@@ -8,9 +8,9 @@ Letters as in triton_tiles.py. For one chunk and value head, with G the running 
 
 so that the new values are U = beta (Tb (v - exp(G) S^T k)) and the output is scale exp(G) S^T q + P U. Tb has ones on
 its diagonal, which bf16 holds exactly: with beta multiplied in, its rounding was the largest single error of the
-output. |Tb_ij| <= beta_j <= 2 when keys have unit norm, because every factor I - beta k k^T of a transition is
-non-expansive: Tb and P are kept in the activation dtype. Source: the chunkwise form of "Gated Delta Networks"
-(arXiv 2412.06464).
+output. |Tb_ij| <= beta_j <= 2 below the diagonal when keys have unit norm, because every factor I - beta k k^T of a
+transition is non-expansive: Tb and P are kept in the activation dtype. Source: the chunkwise form of "Gated Delta
+Networks" (arXiv 2412.06464).
 """
 
 import triton
@@ -58,7 +58,7 @@ def conv_kernel(
     x_in, weight, halo, q_out, k_out, v_out, rstd_q, rstd_k, bounds, chunk_doc, chunk_start, T, eps, x_sb, x_st,
     Hk: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-    HALO: tl.constexpr, L2NORM: tl.constexpr, PACKED: tl.constexpr,
+    HALO: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Convolution and SiLU of one chunk of one q or k head, normalised, or of BV columns of v.
 
@@ -98,10 +98,9 @@ def conv_kernel(
         out, rstd, i_k = q_out, rstd_q, block
         if block >= Hk:
             out, rstd, i_k = k_out, rstd_k, block - Hk
-        if L2NORM:
-            scale = tl.rsqrt(tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1) + eps)
-            x0, x1 = x0 * scale[:, None], x1 * scale[:, None]
-            tl.store(rstd + (i_c.to(tl.int64) * Hk + i_k) * C + tl.arange(0, C), scale)
+        scale = tl.rsqrt(tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1) + eps)
+        x0, x1 = x0 * scale[:, None], x1 * scale[:, None]
+        tl.store(rstd + (i_c.to(tl.int64) * Hk + i_k) * C + tl.arange(0, C), scale)
         out += (row * Hk + i_k) * K
         store_tile(out, x0, Hk * K, left, 0, C, KA, K)
         store_tile(out, x1, Hk * K, left, KA, C, KB, K)
@@ -204,8 +203,7 @@ def prepare_kernel(
     q_in, k_in, a_in, b_in, A_log, dt_bias, diagonal_in,
     q_out, k_out, scaled_out, rstd_q, rstd_k, G_out, factors_out, Tb_out, P_out,
     bounds, chunk_doc, chunk_start, T, scale, eps, q_sb, q_st, q_sh, k_sb, k_st, k_sh, a_sb, a_st, b_sb, b_st,
-    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr,
     L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, SOLVE: tl.constexpr, SCORES: tl.constexpr, SCALED: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip

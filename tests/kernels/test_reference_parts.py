@@ -187,5 +187,5 @@ def test_other_errors() -> None:
         gated_rms_norm(x, x[..., :2], torch.ones(3))
     with pytest.raises(ValueError, match=r"A_log is \(4,\); it must be \[H\], here \(3,\)"):
         gates(x, x, torch.zeros(4), torch.zeros(3))
-    with pytest.raises(ValueError, match=r"qkvz is \(1, 7, 14\); its last dimension must be 9 \(no gate\) or 12"):
+    with pytest.raises(ValueError, match=r"qkvz is \(1, 7, 14\); it must be .*, here \[1, 7, 9 or 12\]"):
         mixer(*mixer_inputs(7), key_heads=1, value_heads=3)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hybrid.kernels import gated_delta, reference
+from megatron_hybrid.kernels import configs, gated_delta, reference
 from megatron_hybrid.modules.recompute import Recomputed
-from tests.kernels import decoding
+from tests.kernels import decoding, wrong_calls
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
@@ -257,6 +257,14 @@ def test_shard_summary(packed: bool) -> None:
     compare("shard_summary", inputs, cu_seqlens=cumulative(lengths) if packed else None)
 
 
+def test_shard_summary_has_launches_for_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they are those of (K, V), though the backward carries K + V columns."""
+    monkeypatch.setattr(configs, "current_key", lambda: ("sm_90", "3.6"))
+    inputs = delta_inputs(1, 40, (1, 1, 64, 64))
+    del inputs["q"], inputs["initial_state"]
+    compare("shard_summary", inputs)
+
+
 def test_decode_continues_the_mixer() -> None:
     """Tokens one by one after a prefix give what the whole sequence gives."""
     Hk, H, K, V = 1, 2, 16, 48
@@ -285,6 +293,49 @@ def test_decode_token_by_token(gate: bool) -> None:
     """What test_decode_gpu.py asks of a GPU; in bf16 the interpreter rounds y towards zero."""
     for dtype, y_bound in ((torch.float32, FP32), (torch.bfloat16, 0.005)):
         decoding.check(decoding.Sequence(2, 4, (2, 4, 48, 48), gate, dtype, "cpu"), y_bound, FP32)
+
+
+def every_other(x: Tensor) -> Tensor:
+    """The same values, two apart in memory, with others between them."""
+    return torch.stack([x, rand(*x.shape, seed=99).to(x)], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("function", wrong_calls.DIMENSIONS)
+def test_any_strides(function: str) -> None:
+    """Inputs and parameters are read where they are, or copied; never as if they were dense."""
+    results = []
+    for change in (lambda x: x, every_other):
+        given = wrong_calls.legal(function)
+        changed = {
+            name: change(x)
+            for name, x in given.items()
+            if isinstance(x, Tensor) and x.is_floating_point() and name not in ("state", "conv_state")
+        }
+        assert changed.keys() > {"A_log", "dt_bias"}
+        out = wrong_calls.call(function, given | changed, "triton")
+        results.append([out] if isinstance(out, Tensor) else [x for x in out if x is not None])
+    for dense, strided in zip(*results, strict=True):
+        assert torch.equal(dense, strided)
+
+
+@pytest.mark.parametrize("name", ["state", "conv_state"])
+def test_what_a_step_updates_is_dense(name: str) -> None:
+    given = wrong_calls.legal("decode_step")
+    given[name] = every_other(given[name])
+    before = given[name].clone()
+    with pytest.raises(ValueError, match=rf"^{name} has strides .* must be contiguous"):
+        wrong_calls.call("decode_step", given, "triton")
+    assert torch.equal(given[name], before)
+
+
+@pytest.mark.parametrize("function", wrong_calls.DIMENSIONS)
+def test_what_is_changed_below_was_legal(function: str) -> None:
+    wrong_calls.call(function, wrong_calls.legal(function), "triton")
+
+
+@wrong_calls.CASES
+def test_wrong_arguments(function: str, change: wrong_calls.Change, said: str) -> None:
+    wrong_calls.check(function, change, said, "triton")
 
 
 def test_backends_are_never_swapped(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from typing import Any
 
 import pytest
@@ -143,10 +144,13 @@ def test_any_cut_gives_the_whole(layout: Any, name: str, lengths: tuple[int, ...
         assert max(worst.values()) < 1e-11, worst
 
 
-@pytest.mark.skipif(
+interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs TRITON_INTERPRET=1 from the start, since triton reads it on import; tests/run.sh runs them so",
 )
+
+
+@interpreted
 @pytest.mark.parametrize(
     ("layout", "lengths", "exchange", "keep"),
     [
@@ -161,6 +165,43 @@ def test_triton_kernels_pass_states(layout: Any, lengths: tuple[int, ...], excha
     for worst in run_ranks(_worst, 2, lengths, 2, layout, exchange, "triton", keep):
         sums = max(worst.pop("A_log"), worst.pop("dt_bias"))  # over all tokens, which cancel
         assert max(worst.values()) < 3e-6 and sums < 2e-5, (worst, sums)
+
+
+def _again(rank: int, lengths: tuple[int, ...], exchange: Exchange, keep: bool) -> dict[str, Any]:
+    """Gradients of one graph run backward three times; whether the states that came in outlive each run."""
+    sizes, dtype = BACKENDS["triton"]
+    routes = build_routes(lengths, 2, rank, "contiguous")
+    mine = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])[routes.documents[rank]] + routes.positions[rank]
+    local = {
+        name: (x[mine] if name in ("x", "a", "b", "dy") else x).to(dtype).requires_grad_(name != "dy")
+        for name, x in _inputs(sum(lengths), sizes).items()
+    }
+    came_in = []
+    start = state_passing.incoming_states
+
+    def watched(*args: Any) -> torch.Tensor:
+        states = start(*args)
+        came_in.append(weakref.ref(states))
+        return states
+
+    state_passing.incoming_states = watched
+    y = _mix(local, sizes, routes.cu_segments, routes, exchange, "triton", keep)
+    leaves = [x for name, x in local.items() if name != "dy"]
+    found, alive = [], []
+    for retain_graph in (True, True, False):
+        found.append(torch.autograd.grad(y, leaves, local["dy"], retain_graph=retain_graph))
+        alive.append([states() is not None for states in came_in])
+    return {"gradients": found, "alive": alive}
+
+
+@interpreted
+@pytest.mark.parametrize(("exchange", "keep"), [("scan", False), ("all_gather", True)])
+def test_triton_graph_runs_backward_again(exchange: Any, keep: bool) -> None:
+    """With retain_graph: the same bits. Without it what the states came through is let go with all else."""
+    for result in run_ranks(_again, 2, (40,), exchange, keep):
+        first, *others = result["gradients"]
+        assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
+        assert result["alive"] == [[True], [True], [False]]
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
