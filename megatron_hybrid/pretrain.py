@@ -163,7 +163,7 @@ def prepare_run(argv: Sequence[str]) -> tuple[argparse.Namespace, survival.Run]:
             raise SystemExit(0)
         if not own.help_all:
             check(flags)
-            if not {"--tokenizer-type", "--use-checkpoint-args"} & {word.split("=")[0] for word in flags}:
+            if "--tokenizer-type" not in {word.split("=")[0] for word in flags}:
                 raise FlagError("--tokenizer-type: missing; e.g. HuggingFaceTokenizer with --tokenizer-model FOLDER")
         variable = compat.limit_connections(flags)  # before anything asks CUDA, as a run that goes on does next
         if not own.help_all:
