@@ -11,7 +11,6 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_hybrid import cuda_graphs
 from megatron_hybrid.parallel.padded_sizes import Sizes
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -88,7 +87,7 @@ def check_flags(flags: Sequence[str]) -> None:
         values = parser.parse_known_args(list(flags))[0]
     except argparse.ArgumentError as error:
         raise Fp8Error(f"{error.argument_name}: {error.message}") from None
-    for problem in (*_problems(values), *_without_effect(values), *cuda_graphs.problems(flags)):
+    for problem in (*_problems(values), *_without_effect(values)):
         raise Fp8Error(problem)
 
 

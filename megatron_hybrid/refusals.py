@@ -82,6 +82,7 @@ _LOAD = "leave it out, or give --load FOLDER"
 _QK = "with --weight-decay-on matrices it does nothing: Megatron looks for norms of other names"
 _ALL = "leave it out, or take --weight-decay-on all_but_embedding"
 _NO_ROWS = "the embedding would have no size"
+_GRAPHS = "not tried; by reading, gradients of what modules/recompute.py computes again would be lost on replay"
 _PADDING = "leave it out; --make-vocab-size-divisible-by 1 adds no rows"
 
 REFUSALS = (
@@ -154,6 +155,9 @@ REFUSALS = (
     ),
     Refusal("yaml-cfg", "holds none of the plugin's flags", "give its settings as flags"),
     # Parallelism and precision
+    Refusal("cuda-graph-impl", _GRAPHS, when=lambda given: _value(given, "cuda-graph-impl") != "none"),
+    Refusal("enable-cuda-graph", _GRAPHS),
+    Refusal("external-cuda-graph", _GRAPHS),
     Refusal("defer-embedding-wgrad-compute", "hybrid models keep nothing to compute it from"),
     Refusal("hybrid-context-parallel", "batches here have no such split", "give --context-parallel-size"),
     Refusal(

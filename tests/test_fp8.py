@@ -31,10 +31,6 @@ REFUSED = {
     "--first-last-layers-bf16",
     "--num-layers-at-start-in-bf16 1": "--num-layers-at-start-in-bf16 1: does nothing without",
     "--first-last-layers-bf16 --num-layers-at-start-in-bf16 1": "--first-last-layers-bf16: does nothing without",
-    "--cuda-graph-impl local": "--cuda-graph-impl local: CUDA graphs were not tried",
-    "--cuda-graph-impl=transformer_engine": "--cuda-graph-impl transformer_engine: ",
-    f"{FP8} tensorwise --enable-cuda-graph": "--enable-cuda-graph: CUDA graphs were not tried",
-    "--external-cuda-graph": "--external-cuda-graph: CUDA graphs were not tried",
     f"{FP8} tensorwise --transformer-impl local": "--transformer-impl local: its linears would run in bf16",
     f"{FP8} delayed --fp4-format e2m1": "--fp4-format e2m1: not with --fp8-format hybrid; give one of them",
     f"{FP8} custom": "legal: delayed, tensorwise, blockwise, mxfp8",
@@ -72,7 +68,6 @@ def test_refused_by_name(flags: str) -> None:
         "--fp4-format e2m1",
         "--fp8-format hybrid --fp8-amax-history-len 1024 --fp8-amax-compute-algo max --no-fp8-wgrad --fp8-margin 1",
         f"{FP8} tensorwise --first-last-layers-bf16 --num-layers-at-start-in-bf16 2 --num-layers-at-end-in-bf16 0",
-        "--cuda-graph-impl none",
     ],
 )
 def test_accepted(flags: str) -> None:

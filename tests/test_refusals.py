@@ -48,6 +48,9 @@ REFUSED = {
     "--tensor-parallel-num-weight-shards 2": "--tensor-model-parallel-size alone",
     "--fp32-residual-connection": "take --norm-placement pre",
     "--fp32-residual-connection --norm-placement post": "take --norm-placement pre",
+    "--cuda-graph-impl local": "gradients of what modules/recompute.py computes again",
+    "--enable-cuda-graph": "leave it out",
+    "--external-cuda-graph": "leave it out",
     # architecture.py
     "--mscale 0.7 --position-embedding-type yarn": "lost in an export; leave it out",
     "--mscale-all-dim 1 --position-embedding-type yarn": "lost in an export; leave it out",
@@ -77,6 +80,7 @@ def test_every_refusal_is_tried() -> None:
         "--eod-mask-loss --last-target --full-validation",
         "--no-last-target --instance-data x --data-seed 5",
         "--data-seed -1",
+        "--cuda-graph-impl none",
         "--logits-save-dir x --loss-chunk-tokens 0",
         "--logits-save-dir x",
         "--use-rotary-position-embeddings",
