@@ -1,8 +1,9 @@
 """Two seconds before training: the kernels of this machine's GPU against the reference, forward and all gradients.
 
 The same comparison decides for `tools/tune_kernels`. Its inputs are chosen so that rounding alone stays well below the
-bounds: values with a mean add up instead of cancelling, and the gradient of y leans towards what more decay would do to
-y, since the gradients of A_log and dt_bias are sums over all tokens that nearly cancel otherwise.
+bounds: values with a mean add up instead of cancelling, an output near zero is not blown up by its norm, and the
+gradient of y leans towards what more decay would do to y, since the gradients of A_log and dt_bias are sums over all
+tokens that nearly cancel otherwise.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ HEADS = 2
 #: One state kept in so many chunks makes the row so long that a document has two pieces; from here on one piece does.
 MOST_CHUNKS = 64
 
+NORM_EPS = 1e-4
+
 Leaves = dict[str, Any]
 
 
@@ -49,10 +52,10 @@ class Inputs:
         self.device, self.dtype, self.lengths = device, dtype, lengths
         H, T, D = HEADS, sum(lengths), HEADS * (2 * K + V)
         qkvz = self.rand(1, T, D + H * V)
-        qkvz[..., 2 * H * K : D] += 0.5
+        qkvz[..., 2 * H * K : D] += 0.3
         self.leaves: Leaves = {
             "qkvz": qkvz.to(dtype),
-            "ab": torch.cat([self.rand(1, T, H), self.rand(1, T, H) - 2.5], dim=-1).to(dtype),
+            "ab": torch.cat([self.rand(1, T, H), self.rand(1, T, H) - 3], dim=-1).to(dtype),
             "conv_weight": (0.3 + 0.3 * self.rand(D, 4)).to(dtype),
             "A_log": torch.linspace(-3, 2, H, device=device),
             "dt_bias": torch.full((H,), -3.0, device=device),
@@ -91,11 +94,11 @@ def refuse_other_bits(first: Leaves, second: Leaves) -> None:
         raise RuntimeError(f"kernels gave different bits for the same input twice: {', '.join(changing)}")
 
 
-def mixer_errors(
+def mixer_results(
     K: int, V: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, *, packed: bool = True,
     lengths: Sequence[int] | None = None, **kept: Any,
-) -> dict[str, float]:  # fmt: skip
-    """Errors of a mixer core's y, last states and all gradients in `dtype` against the reference in fp64.
+) -> tuple[Leaves, Leaves]:  # fmt: skip
+    """A mixer core's y, last states and all gradients: of the kernels in `dtype`, of the reference in fp64.
 
     packed: documents of `lengths`, else one of as many tokens. kept: states_every or keep_intermediates, as training
     has them: each is compiled into other kernels.
@@ -105,7 +108,10 @@ def mixer_errors(
     Raises RuntimeError when the same input gives different bits twice.
     """
     inputs = Inputs(K, V, device, dtype, lengths or documents(kept.get("states_every", 0)))
-    options: dict[str, Any] = inputs.sizes | {"cu_seqlens": inputs.cu_seqlens if packed else None}
+    options: dict[str, Any] = inputs.sizes | {
+        "cu_seqlens": inputs.cu_seqlens if packed else None,
+        "norm_eps": NORM_EPS,
+    }
 
     def forward(backend: str) -> Callable[[Leaves], Tensor]:
         return lambda leaves: gated_delta.mixer_core(**leaves, **options, **kept, backend=backend)[0].unflatten(
@@ -123,7 +129,13 @@ def mixer_errors(
             y, final = gated_delta.mixer_core(**leaves, **options, output_final_state=True, backend=backend)
         assert final is not None
         found |= {"evaluated": y, "final": final}
-    return {name: relative_error(first[name], x) for name, x in expected.items()}
+    return first, expected
+
+
+def mixer_errors(K: int, V: int, device: torch.device, *dtype: torch.dtype, **options: Any) -> dict[str, float]:
+    """Of `mixer_results`, by tensor."""
+    actual, expected = mixer_results(K, V, device, *dtype, **options)
+    return {name: relative_error(actual[name], x) for name, x in expected.items()}
 
 
 def delta_rule_errors(
