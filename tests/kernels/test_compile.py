@@ -98,6 +98,7 @@ SPILLS: dict[tuple[int, int, int], dict[str, int]] = {
     (96, 192, 100): {"prepare": 91, "scan": 39, "adjoint_scan": 321, "inverse_gradient": 18},
     (64, 64, 100): {"scan": 2, "adjoint_scan": 123},
     (128, 128, 100): {"scan": 107, "adjoint_scan": 427},
+    (128, 256, 100): {"scan": 110, "adjoint_scan": 432, "decode": 123},
 }
 ENTRIES = sorted((K, V) for _, _, K, V in TABLE)
 MATRIX = ("prepare", "scan", "adjoint_scan", "query_gradient", "inverse_gradient", "key_gradient")
