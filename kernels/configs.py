@@ -2,18 +2,19 @@
 
 An entry belongs to one GPU architecture, triton version and pair of head sizes, because each of these can change
 whether a configuration is right as well as how fast it is. `tools/tune_kernels` tries configurations and prints an
-entry of those that passed: agreement with the reference, and the same bits twice.
+entry of those that passed: agreement with the reference, and the same bits twice. Pairs of GPU and triton that are
+known to compute something else (KNOWN_BAD) run with no configuration.
+
+Importing this file needs neither torch nor triton: `tools/doctor` reads it where nothing is installed.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
-
-import torch
-import triton
 
 
 class Launch(NamedTuple):
@@ -96,12 +97,50 @@ TABLE: dict[tuple[str, str, int, int], Entry] = {
     },
 }
 
+
+class Versions(NamedTuple):
+    """Versions of triton from `first` on and before `end`."""
+
+    first: tuple[int, ...]
+    end: tuple[int, ...]
+
+
+#: (what the architecture's name begins with, versions of triton) -> why the kernels are wrong there.
+KNOWN_BAD: dict[tuple[str, Versions], str] = {
+    ("sm_103", Versions((3, 6), (3, 9))): (
+        "two dots into one accumulator are wrong (triton issue 10821; whether 3.9 mends it is not known)"
+    ),
+    (
+        "sm_10",
+        Versions((0,), (3, 8)),
+    ): "recurrences of 4 or 8 warps race before triton 3.8 (its issues 9871, 10590)",
+    (
+        "sm_12",
+        Versions((0,), (3, 8)),
+    ): "recurrences of 4 or 8 warps race before triton 3.8 (its issues 9871, 10590)",
+}
+
+
+def known_bad(architecture: str, version: str) -> str | None:
+    """Why this architecture ("sm_100") and triton ("3.6.0") do not go together, or None."""
+    numbers = tuple(map(int, re.findall(r"\d+", version.split("+")[0])[:3]))
+    reasons = [
+        reason
+        for (prefix, versions), reason in KNOWN_BAD.items()
+        if architecture.startswith(prefix) and versions.first <= numbers < versions.end
+    ]
+    return "; ".join(reasons) or None
+
+
 _trial: list[Entry] = []
 
 
 @cache
 def current_key() -> tuple[str, str]:
     """(architecture, triton version) that launches run on now; the interpreter is an architecture of its own."""
+    import torch
+    import triton
+
     version = ".".join(triton.__version__.split(".")[:2])
     if triton.knobs.runtime.interpret:
         return "interpreter", version
@@ -112,13 +151,19 @@ def current_key() -> tuple[str, str]:
 def launch_for(kernel: str, K: int, V: int) -> Launch:
     """The launch of one kernel for these head sizes on the current device.
 
-    Raises RuntimeError when the table has no entry: an unchecked configuration may compute something else.
+    Raises RuntimeError for a pair that is known to be bad, and when the table has no entry: an unchecked configuration
+    may compute something else.
     """
     if _trial:
         return _trial[-1][kernel]
     architecture, version = current_key()
     if architecture == "interpreter":
         return DEFAULTS[kernel]
+    if reason := known_bad(architecture, version):
+        raise RuntimeError(
+            f"Gated DeltaNet kernels on {architecture} with triton {version}: {reason}; take a triton without that "
+            "fault and run megatron_hybrid.tools.tune_kernels with it, or choose the reference backend"
+        )
     entry = TABLE.get((architecture, version, K, V))
     if entry is None:
         raise RuntimeError(

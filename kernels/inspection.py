@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_hybrid.kernels import triton_launch
+from megatron_hybrid.kernels import gated_delta, triton_decode, triton_launch
 from megatron_hybrid.kernels.configs import Launch, trial
 
 KERNELS = (
@@ -35,6 +36,7 @@ KERNELS = (
     "inverse_gradient",
     "key_gradient",
     "conv_backward",
+    "decode",
 )
 _TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
@@ -61,14 +63,20 @@ class Resources(NamedTuple):
     instructions: Counter[str]
 
 
+def holder(kernel: str) -> ModuleType:
+    """The module whose name for the kernel is launched."""
+    return triton_decode if kernel == "decode" else triton_launch
+
+
 @contextmanager
 def recording(**launch_table: Launch) -> Iterator[list[Recorded]]:
-    """Inside, launches of triton_launch are written down instead of run; their outputs stay uninitialised.
+    """Inside, launches are written down instead of run, on CPU tensors too; their outputs stay uninitialised.
 
     launch_table: launches other than the defaults.
     """
     launches: list[Recorded] = []
-    originals = {name: getattr(triton_launch, f"{name}_kernel") for name in KERNELS}
+    originals = {name: getattr(holder(name), f"{name}_kernel") for name in KERNELS}
+    choose_backend = gated_delta.choose_backend
 
     class Recorder:
         def __init__(self, name: str, function: Any) -> None:
@@ -86,12 +94,14 @@ def recording(**launch_table: Launch) -> Iterator[list[Recorded]]:
 
     try:
         for name, function in originals.items():
-            setattr(triton_launch, f"{name}_kernel", Recorder(name, function))
+            setattr(holder(name), f"{name}_kernel", Recorder(name, function))
+        gated_delta.choose_backend = lambda backend, x: "triton"
         with trial(**launch_table):
             yield launches
     finally:
+        gated_delta.choose_backend = choose_backend
         for name, function in originals.items():
-            setattr(triton_launch, f"{name}_kernel", function)
+            setattr(holder(name), f"{name}_kernel", function)
 
 
 def compile_for(launch: Recorded, capability: int, **options: int | None) -> Any:

@@ -13,6 +13,6 @@ export OMP_NUM_THREADS=1 # ranks share two cores; more threads only make them wa
 bash tests/types.sh
 # The Triton kernels in triton's interpreter: chosen before triton is imported, so in a process of its own.
 TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest -q tests/kernels/test_triton_interpreter.py \
-    tests/kernels/test_cross_entropy.py tests/kernels/test_norm.py tests/planning/test_counted_activations.py
+    tests/kernels/test_cross_entropy.py tests/kernels/test_norm.py tests/kernels/test_self_test.py tests/planning/test_counted_activations.py
 TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest -q tests/parallel/test_state_passing.py -k triton
 "$PYTHON" -m pytest "$@"

@@ -25,6 +25,7 @@ from textwrap import shorten
 from megatron_hybrid import compat
 from megatron_hybrid.fla_backend import refuses_backward
 from megatron_hybrid.flags import print_report
+from megatron_hybrid.kernels.configs import TABLE, known_bad
 from megatron_hybrid.tools.cli import Parser
 
 #: What the project was verified with together; setup.py pins the same.
@@ -36,9 +37,6 @@ VERIFIED = {
     "numpy": "2.3.5",
     "psutil": "7.2.2",
 }
-
-#: GPU and triton that kernels/configs.py has checked launches for; that file needs triton to be read.
-CHECKED = {("9.0", (3, 6))}
 
 #: Least driver for each major version of CUDA that torch was built with (NVIDIA's compatibility table).
 _DRIVERS = {"12": 525, "13": 580}
@@ -131,23 +129,23 @@ def pairs(devices: Sequence[Device], versions: Mapping[str, str | None]) -> Iter
         )
     capabilities = sorted({device.capability for device in devices})
     for capability in capabilities if triton else ():
-        version, name = _numbers(str(triton)), f"triton + GPU {capability}"
-        found = f"{triton}, sm_{capability.replace('.', '')}"
+        architecture, name = f"sm_{capability.replace('.', '')}", f"triton + GPU {capability}"
+        found = f"{triton}, {architecture}"
+        sizes = [
+            f"{K}/{V}"
+            for arch, version, K, V in TABLE
+            if (arch, version) == (architecture, ".".join(str(triton).split(".")[:2]))
+        ]
         if versions.get("flash-linear-attention") and refuses_backward(capability, str(triton)):
             advice = (
                 "--gdn-backend fla has wrong gate gradients here (fixed in triton 3.7.1); use triton's, the default"
             )
             yield Row(name, found, "RED", advice)
-        elif capability == "10.3" and (3, 6) <= version[:2] <= (3, 8):
-            advice = (
-                "two dots into one accumulator are wrong (triton issue 10821); not run here: compare with reference"
-            )
-            yield Row(name, found, "RED", advice)
-        elif capability.startswith(("10.", "12.")) and version < (3, 8):
-            advice = "recurrences of 4 or 8 warps race (triton issues 9871, 10590): triton 3.8 and tools.tune_kernels"
-            yield Row(name, found, "RED", advice)
-        elif (capability, version[:2]) in CHECKED:
-            yield Row(name, found, "ok", "kernels checked for K 96, V 192; other sizes: tools.tune_kernels")
+        elif reason := known_bad(architecture, str(triton)):
+            yield Row(name, found, "RED", f"{reason}: take a triton without that fault, or --gdn-backend reference")
+        elif sizes:
+            advice = f"kernels checked for K/V {', '.join(sizes)}; other sizes: tools.tune_kernels"
+            yield Row(name, found, "ok", advice)
         else:
             yield Row(
                 name, found, "RED", "no checked kernels for this pair: python -m megatron_hybrid.tools.tune_kernels"

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from megatron_hybrid.kernels import gated_delta, reference
 from megatron_hybrid.kernels.configs import TABLE, current_key, trial
-from megatron_hybrid.kernels.self_test import self_test
+from megatron_hybrid.kernels.self_test import (
+    DECODED,
+    HEADS,
+    TOLERANCES,
+    beyond,
+    decode_errors,
+    delta_rule_errors,
+    mixer_results,
+    self_test,
+)
+from megatron_hybrid.kernels.self_test import relative_error as relative
 from megatron_hybrid.kernels.streams import second_stream
 
 pytestmark = [
@@ -27,10 +37,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-TOLERANCES = {
-    "o": 0.005, "final": 0.005, "q": 0.007, "k": 0.007, "v": 0.007, "initial_state": 0.007,
-    "a": 0.015, "b": 0.015, "A_log": 0.015, "dt_bias": 0.015,
-}  # fmt: skip
+DEVICE = "cuda"
 HEAD = {"o": 2, "final": 1, "q": 2, "k": 2, "v": 2, "initial_state": 1, "a": 2, "b": 2}
 MODEL = (4, 4, 96, 192)
 DOCUMENTS = (0, 1, 63, 64, 65, 0, 700, 129, 1, 0)
@@ -38,17 +45,17 @@ Shape = tuple[int, int, int, int]  # Hk, H, K, V
 
 
 def rand(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+    return torch.randn(*shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE)
 
 
 def cumulative(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor((0, *lengths), dtype=torch.int32, device="cuda").cumsum(0, dtype=torch.int32)
+    return torch.tensor((0, *lengths), dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
 
 
 def delta_inputs(B: int, T: int, shape: Shape, N: int | None = None, seed: int = 0) -> dict[str, Tensor]:
     """Decays as at the model's initialisation: A from 0.05 to 16 over the heads, dt from 0.001 to 0.1."""
     Hk, H, K, V = shape
-    dt = torch.linspace(-6.9, -2.3, H, device="cuda").exp()
+    dt = torch.linspace(-6.9, -2.3, H, device=DEVICE).exp()
     bf16 = {
         "q": reference.l2norm(rand(B, T, Hk, K, seed=seed + 1)),
         "k": reference.l2norm(rand(B, T, Hk, K, seed=seed + 2)),
@@ -57,7 +64,7 @@ def delta_inputs(B: int, T: int, shape: Shape, N: int | None = None, seed: int =
         "b": rand(B, T, H, seed=seed + 5),
     }
     return {name: x.bfloat16() for name, x in bf16.items()} | {
-        "A_log": torch.linspace(0.05, 16, H, device="cuda").log(),
+        "A_log": torch.linspace(0.05, 16, H, device=DEVICE).log(),
         "dt_bias": dt + torch.log(-torch.expm1(-dt)),
         "initial_state": 0.1 * rand(B if N is None else N, H, K, V, seed=seed + 6),
     }
@@ -76,10 +83,6 @@ def run(backend: str, inputs: dict[str, Tensor], seed: int = 0, **options: objec
     )
     gradients = torch.autograd.grad((o, final), list(leaves.values()), weights)
     return {"o": o.detach(), "final": final.detach()} | dict(zip(leaves, gradients, strict=True))
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -185,9 +188,11 @@ def test_many_documents() -> None:
     check(delta_inputs(1, sum(lengths), (1, 1, 96, 192), N=len(lengths)), cumulative(lengths))
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 2, 128, 128), (1, 3, 96, 192), (1, 1, 112, 80)], ids=["128-128", "96-192-grouped", "112-80"]
-)
+#: Head sizes with launches of their own: on this GPU, training runs those.
+SIZES = sorted({(K, V) for _, _, K, V in TABLE})
+
+
+@pytest.mark.parametrize("shape", [*((2, 2, *sizes) for sizes in SIZES), (1, 3, 96, 192), (1, 1, 112, 80)], ids=str)
 def test_head_sizes(shape: Shape) -> None:
     """Others are refused: docs/kernels.md says why."""
     check(delta_inputs(1, 200, shape))
@@ -202,8 +207,14 @@ def test_head_sizes(shape: Shape) -> None:
         ),
         {"a": lambda x: torch.full_like(x, -60.0)},
         {"b": lambda x: torch.full_like(x, -30.0)},
+        {
+            "a": lambda x: torch.where(
+                torch.arange(x.shape[1], device=x.device)[None, :, None] % 7 == 0, 30.0, -30.0
+            ).to(x)
+        },
+        {"k": torch.zeros_like},
     ],
-    ids=["identical keys, beta 1.98", "no decay", "beta about 0"],
+    ids=["identical keys, beta 1.98", "no decay", "beta about 0", "mixed decay", "zero keys"],
 )
 def test_extremes(change: dict) -> None:
     inputs = delta_inputs(1, 64, MODEL)
@@ -214,6 +225,12 @@ def test_extremes(change: dict) -> None:
         actual = run("triton", inputs)
     expected = run("reference", inputs)
     # Without decay nothing flows to the gate's parameters: their gradients are sums of rounding.
+    # Zero keys write nothing: o, and the gradients of v and q, are zero, which `relative` would divide by.
+    if change.keys() == {"k"}:
+        assert all(not actual[name].any() and not expected[name].any() for name in ("o", "v", "q"))
+        assert relative(actual["k"], expected["k"]) <= TOLERANCES["k"]
+        assert all(x.isfinite().all() for x in actual.values())
+        return
     names = ("o", "v", "q") if "b" not in change or "k" in change else ("o", "v", "q", "k")
     assert_close({name: actual[name] for name in names}, {name: expected[name] for name in names})
     assert all(x.isfinite().all() for x in actual.values())
@@ -237,7 +254,7 @@ def test_250_thousand_tokens() -> None:
     q, k = (reference.l2norm(rand(1, T, H, K, seed=s)).bfloat16() for s in (1, 2))
     v, ab = rand(1, T, H, V, seed=3).bfloat16(), rand(1, T, 2 * H, seed=4).bfloat16()
     a, b = ab.chunk(2, dim=-1)
-    gates = (torch.zeros(H, device="cuda"), torch.full((H,), -3.0, device="cuda"))
+    gates = (torch.zeros(H, device=DEVICE), torch.full((H,), -3.0, device=DEVICE))
 
     def part(tokens: slice, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         parts = (x[:, tokens] for x in (q, k, v, a, b))
@@ -251,32 +268,52 @@ def test_250_thousand_tokens() -> None:
     assert torch.equal(whole[:, half:], second)
 
 
+def mixer_inputs(T: int, shape: Shape, seed: int = 0) -> dict[str, Tensor]:
+    Hk, H, K, V = shape
+    D, base = 2 * Hk * K + H * V, delta_inputs(1, 1, shape)
+    return {
+        "qkvz": rand(1, T, D + H * V, seed=seed + 1).bfloat16(),
+        "ab": rand(1, T, 2 * H, seed=seed + 2).bfloat16(),
+        "conv_weight": (0.3 * rand(D, 1, 4, seed=seed + 3)).bfloat16(),
+        "A_log": base["A_log"],
+        "dt_bias": base["dt_bias"],
+        "norm_weight": (1 + 0.1 * rand(V, seed=seed + 4)).bfloat16(),
+    }
+
+
+def sizes_of(shape: Shape) -> dict[str, int]:
+    return dict(zip(("num_key_heads", "num_value_heads", "key_dim", "value_dim"), shape, strict=True))
+
+
+def by_head(results: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+    """Every head of y and of the gradients of q, k, v, z, a, b and of the convolution of q, k, v, named."""
+    Hk, H, K, V = shape
+    q, k, v, z = results["qkvz"].split([Hk * K, Hk * K, H * V, H * V], dim=-1)
+    a, b = results["ab"].chunk(2, dim=-1)
+    weights = results["conv_weight"].flatten(1).t().split([Hk * K, Hk * K, H * V], dim=-1)
+    parts = {"y": results["y"].flatten(2), "q": q, "k": k, "v": v, "z": z, "a": a, "b": b}
+    parts |= {f"conv_weight of {name}": x for name, x in zip("qkv", weights, strict=True)}
+    return {
+        f"{name}, head {i}": head
+        for name, x in parts.items()
+        for i, head in enumerate(x.chunk(Hk if name[-1] in "qk" else H, dim=-1))
+    }
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_mixer_core(packed: bool) -> None:
     """Every gradient of the whole mixer core; one more rounding of q and k than the delta rule alone.
 
     Keeping all gives the bits of computing all again, and a second backward from what was kept too.
     """
-    Hk, H, K, V = MODEL
-    D, lengths = 2 * Hk * K + H * V, (0, 1, 3, 700, 1, 295)
-    T = sum(lengths)
-    base = delta_inputs(1, T, MODEL)
-    inputs = {
-        "qkvz": rand(1, T, D + H * V, seed=1).bfloat16(),
-        "ab": rand(1, T, 2 * H, seed=2).bfloat16(),
-        "conv_weight": (0.3 * rand(D, 1, 4, seed=3)).bfloat16(),
-        "A_log": base["A_log"],
-        "dt_bias": base["dt_bias"],
-        "norm_weight": (1 + 0.1 * rand(V, seed=4)).bfloat16(),
-    }
-    options = {"num_key_heads": Hk, "num_value_heads": H, "key_dim": K, "value_dim": V}
-    results = []
+    lengths = (0, 1, 3, 700, 1, 295)
+    inputs, results = mixer_inputs(sum(lengths), MODEL), []
     for backend, keep in (("triton", False), ("triton", True), ("reference", False)):
         leaves = {n: (x.double() if backend == "reference" else x).requires_grad_() for n, x in inputs.items()}
         with launches():
             y, _ = gated_delta.mixer_core(
-                **leaves, **options, cu_seqlens=cumulative(lengths) if packed else None, keep_intermediates=keep,
-                backend=backend,
+                **leaves, **sizes_of(MODEL), cu_seqlens=cumulative(lengths) if packed else None,
+                keep_intermediates=keep, backend=backend,
             )  # fmt: skip
             for again in (True, False) if keep else (False,):
                 dy = rand(*y.shape, seed=5).bfloat16().to(y.dtype)
@@ -285,9 +322,52 @@ def test_mixer_core(packed: bool) -> None:
     actual, kept, kept_again, expected = results
     assert_same_bits(actual, kept)
     assert_same_bits(kept, kept_again)
-    tolerances = {"y": 0.005, "qkvz": 0.007, "conv_weight": 0.007, "norm_weight": 0.007}
     errors = {name: relative(actual[name], expected[name]) for name in expected}
-    assert {n: e for n, e in errors.items() if not e <= tolerances.get(n, 0.015)} == {}
+    assert {n: e for n, e in errors.items() if not e <= TOLERANCES[n]} == {}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_mixer_head_by_head(sizes: tuple[int, int], packed: bool, lengths: Sequence[int] = (1, 3, 700, 295)) -> None:
+    """With the self-test's inputs: where values cancel at random, rounding alone takes single heads past a bound."""
+    shape = (HEADS, HEADS, *sizes)
+    with launches(*sizes):
+        actual, expected = mixer_results(*sizes, torch.device(DEVICE), packed=packed, lengths=lengths)
+    heads = by_head(expected, shape)
+    errors = {name: relative(x, heads[name]) for name, x in by_head(actual, shape).items()}
+    bounds = TOLERANCES | {"z": TOLERANCES["qkvz"]}
+    assert {n: e for n, e in errors.items() if not e <= bounds[n.split(",")[0].split(" of ")[0]]} == {}
+
+
+def test_mixer_of_250_thousand_tokens(
+    shape: Shape = (30, 30, 96, 192), lengths: Sequence[int] = (125_056, 124_992)
+) -> None:
+    """Offsets past 2^31 in every kernel, forward and backward: two documents in one row have the bits of each by
+    itself, and the gradients of the weights are their sums. About 60 GB by count."""
+    T, half = sum(lengths), lengths[0]
+    inputs = mixer_inputs(T, shape)
+    dy = torch.empty(1, T, shape[1] * shape[3], dtype=torch.bfloat16, device=DEVICE)
+    dy.normal_(generator=torch.Generator(DEVICE).manual_seed(5))
+
+    def part(tokens: slice, documents: Sequence[int]) -> dict[str, Tensor]:
+        own = {name: x[:, tokens] if name in ("qkvz", "ab") else x for name, x in inputs.items()}
+        leaves = {name: x.detach().requires_grad_() for name, x in own.items()}
+        y, _ = gated_delta.mixer_core(
+            **leaves, **sizes_of(shape), cu_seqlens=cumulative(documents), backend="triton"
+        )  # fmt: skip
+        found = torch.autograd.grad(y, list(leaves.values()), dy[:, tokens])
+        return {"y": y.detach()} | dict(zip(leaves, found, strict=True))
+
+    with launches(*shape[2:]):
+        whole, summed = part(slice(0, T), lengths), {}
+        for tokens, documents in ((slice(0, half), lengths[:1]), (slice(half, T), lengths[1:])):
+            alone = part(tokens, documents)
+            for name in ("y", "qkvz", "ab"):
+                assert torch.equal(whole[name][:, tokens], alone[name]), (name, tokens)
+            for name in alone.keys() - {"y", "qkvz", "ab"}:
+                summed[name] = summed.get(name, 0) + alone[name].double()
+    errors = {name: relative(whole[name], x) for name, x in summed.items()}
+    assert {name: e for name, e in errors.items() if not e <= TOLERANCES[name]} == {}
 
 
 def test_output_beyond_fp16_is_nan() -> None:
@@ -296,7 +376,7 @@ def test_output_beyond_fp16_is_nan() -> None:
     D, T = 2 * Hk * K + H * V, 200
     qkvz, weight = rand(1, T, D + H * V, seed=1).bfloat16(), 0.3 * rand(D, 4, seed=2)
     weight[-V:] *= 1e6  # v of the last head
-    gates = (torch.zeros(H, device="cuda"), torch.full((H,), -3.0, device="cuda"), torch.ones(V, device="cuda"))
+    gates = (torch.zeros(H, device=DEVICE), torch.full((H,), -3.0, device=DEVICE), torch.ones(V, device=DEVICE))
     ab = rand(1, T, 2 * H, seed=3).bfloat16()
     sizes = {"num_key_heads": Hk, "num_value_heads": H, "key_dim": K, "value_dim": V}
     results = []
@@ -331,7 +411,18 @@ def test_shard_summary() -> None:
         assert max(relative(i, j) for i, j in zip(x.unbind(1), y.unbind(1), strict=True) if j.norm() > 1e-30) <= bound
 
 
-@pytest.mark.parametrize("kept", [{}, {"states_every": 4}, {"keep_intermediates": True}], ids=str)
-def test_self_test(kept: dict[str, Any]) -> None:
-    with launches():
-        self_test(96, 192, **kept)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kept", [{}, {"states_every": 32}, {"keep_intermediates": True}], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_self_test(sizes: tuple[int, int], kept: dict[str, Any], dtype: torch.dtype) -> None:
+    """Passes with room: it stops every run where it fails."""
+    with launches(*sizes):
+        errors = self_test(*sizes, dtype=dtype, **kept)
+    assert {name: e for name, e in errors.items() if not e <= 0.8 * TOLERANCES[name]} == {}
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_what_tuning_checks_besides(sizes: tuple[int, int]) -> None:
+    with launches(*sizes):
+        assert beyond(delta_rule_errors(*sizes, torch.device(DEVICE))) == ""
+        assert beyond(decode_errors(*sizes, torch.device(DEVICE)), DECODED) == ""

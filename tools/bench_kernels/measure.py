@@ -161,16 +161,17 @@ def measure(case: Case, with_fla: bool, every: int, repeats: int, rates: tuple[f
     lines = []
     for part in ("op", "mixer"):
         ours = getattr(case, f"ours_{part}")
-        makers = {"ours": ours(), "ours, all kept": ours(keep_intermediates=True)}
-        if every:
-            makers[f"ours, every {every}"] = ours(states_every=every)
+        makers = {"ours": ours()}
         if with_fla:
             makers["fla"] = getattr(case, f"fla_{part}")()
+        keeping = {"ours, all kept": ours(keep_intermediates=True)}
+        if every:
+            keeping[f"ours, every {every}"] = ours(states_every=every)
         for kind in ("forward", "forward + backward"):
-            if kind == "forward":
+            if kind == "forward":  # nothing is kept without a backward
                 runs = {name: without_grad(run) for name, (run, _) in makers.items()}
             else:
-                runs = {name: with_backward(run, leaves, case.dy) for name, (run, leaves) in makers.items()}
+                runs = {name: with_backward(run, leaves, case.dy) for name, (run, leaves) in (makers | keeping).items()}
             needed_bytes, flops = case.needs(f"{part} {kind}")
             for name, times in alternate(runs, repeats).items():
                 times.sort()
@@ -232,7 +233,8 @@ def run(args: argparse.Namespace) -> None:
             print(
                 f"{shape:>13} {line['what']:<24} {line['who']:<14} {line['ms']:8.3f} ms "
                 f"({line['ms_min']:.3f} to {line['ms_max']:.3f})  kernels {line['kernels_ms']:7.3f} ms  "
-                f"copy {line['of_copy']:4.0%} matmul {line['of_matmul']:4.0%}  "
+                f"{line['needed_bytes'] / 1e9:.3f} GB, copy {line['of_copy']:4.0%}  "
+                f"{line['flops'] / 1e12:.3f} TFLOP, matmul {line['of_matmul']:4.0%}  "
                 f"peak {line['peak_bytes'] / 2**30:.2f} GiB",
                 flush=True,
             )

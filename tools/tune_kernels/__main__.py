@@ -1,10 +1,13 @@
 """Find launch configurations of the Gated DeltaNet kernels, or report what they compile to.
 
---report   needs no GPU: registers, stack, shared memory, occupancy and matrix instructions of every kernel of an
-           entry, for Hopper (sm_90) and Blackwell (sm_100)
+--report   needs no GPU: registers, stack, spills (loads and stores of local memory), shared memory, occupancy, bytes
+           to read and write per token and matrix instructions of every kernel of an entry, for Hopper (sm_90) and
+           Blackwell (sm_100)
 otherwise  needs the GPU to tune for: times configurations kernel by kernel, each kernel by itself, keeps the fastest
-           of those with which everything agrees with the reference and gives the same bits twice, and prints an entry
-           for kernels/configs.py. The adjoint scan and query_gradient run beside each other in training: where the two
+           of those with which the mixer (y, last states, all gradients; one document and packed; every save policy),
+           the delta rule by itself and token-by-token generation agree with the reference and give the same bits
+           twice, and prints an entry for kernels/configs.py. Refuses a GPU whose kernels this triton is known to
+           compile wrongly. The adjoint scan and query_gradient run beside each other in training: where the two
            fastest do not fit one multiprocessor together, others may be faster there
 """
 

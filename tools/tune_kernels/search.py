@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 
-from megatron_hybrid.kernels.configs import DEFAULTS, TABLE, Launch, trial
+from megatron_hybrid.kernels.configs import DEFAULTS, TABLE, Launch, current_key, known_bad, trial
 
 #: Tried for each kernel besides the default. Columns stay at 64 where a matrix product wants 64 rows.
 CANDIDATES = {
@@ -19,15 +19,16 @@ CANDIDATES = {
     "diagonal": [],
     "prepare": [Launch(4, 1, 0, 96), Launch(4, 1, 0, 128)],
     "prepare_normalising": [Launch(4, 1, 0, 96), Launch(4, 1, 0, 128)],
-    "scan": [Launch(4, 2, 64), Launch(4, 3, 64), Launch(4, 4, 64)],
-    "scan_again": [Launch(4, 1, 64), Launch(4, 2, 64), Launch(4, 3, 64)],
+    "scan": [Launch(4, 3, 64), Launch(4, 4, 64)],
+    "scan_again": [Launch(4, 1, 64), Launch(4, 3, 64)],
     "norm": [Launch(warps, 1, rows) for warps, rows in ((1, 4), (1, 8), (2, 8), (2, 16), (4, 8), (4, 32), (8, 32))],
     "norm_backward": [Launch(4, 1, 16), Launch(4, 1, 4), Launch(2, 1, 4), Launch(8, 1, 16, 128)],
-    "adjoint_scan": [Launch(4, 2, 64), Launch(4, 3, 64), Launch(4, 4, 64)],
+    "adjoint_scan": [Launch(4, 3, 64), Launch(4, 4, 64)],
     "query_gradient": [Launch(8, 2, 64, 128), Launch(8, 3, 64, 128), Launch(4, 1, 64), Launch(4, 2, 64)],
     "inverse_gradient": [Launch(4, 1, 64, 160), Launch(4, 2, 64, 160), Launch(8, 1, 64)],
-    "key_gradient": [Launch(8, 1, 64, 128), Launch(8, 3, 64, 128), Launch(8, 1, 32, 128), Launch(8, 2, 32, 128)],
-    "conv_backward": [Launch(1, 1, 64), Launch(1, 1, 256), Launch(2, 1, 256), Launch(2, 1, 128)],
+    "key_gradient": [Launch(8, 3, 64, 128), Launch(8, 1, 32, 128), Launch(8, 2, 32, 128)],
+    "conv_backward": [Launch(1, 1, 256), Launch(2, 1, 256), Launch(2, 1, 128)],
+    "decode": [Launch(4, 1), Launch(16, 1)],
 }
 #: The same for K above 128: three stages of a scan do not fit; 4 warps, or 128 registers, spill by hundreds.
 WIDE = {
@@ -75,20 +76,39 @@ def mixer(H: int, K: int, V: int, T: int, device: str) -> Callable[[], Any]:
     return run
 
 
+def decoding(H: int, K: int, V: int, rows: int, device: str) -> Callable[[], Any]:
+    """One token of each row."""
+    from megatron_hybrid.kernels.gated_delta import decode_step
+
+    D = 2 * H * K + H * V
+    bf16: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
+    inputs = [torch.zeros(rows, D + H * V, **bf16), torch.zeros(rows, 2 * H, **bf16), torch.zeros(rows, D, 3, **bf16)]
+    state = torch.zeros(rows, H, K, V, device=device)
+    weight, norm, (A_log, dt_bias) = torch.zeros(D, 4, **bf16), torch.ones(V, **bf16), torch.zeros(2, H, device=device)
+    tensors: tuple[Any, ...] = (*inputs, state, weight, A_log, dt_bias, norm)
+    return lambda: decode_step(*tensors, num_key_heads=H, backend="triton")
+
+
 def report(H: int, K: int, V: int, targets: list[int]) -> None:
-    """Compile every launch of one call for each target and print what it takes."""
+    """Compile every launch of one call, and of one token's, for each target and print what it takes."""
     from megatron_hybrid.kernels.inspection import compile_for, recording, resources
+    from megatron_hybrid.tools.tune_kernels.traffic import needed_bytes
 
     entry = TABLE.get(("sm_90", "3.6", K, V), DEFAULTS)
-    with recording(**entry) as launches:
-        mixer(H, K, V, 128, "cpu")()
-    print(f"triton {triton.__version__}, K = {K}, V = {V}")
+    sizes = 128, 256  # tokens: what grows between them is bytes per token, weights and states are not
+    found = []
+    for tokens in sizes:
+        with recording(**entry) as launches:
+            mixer(H, K, V, tokens, "cpu")()
+            decoding(H, K, V, tokens, "cpu")()
+        found.append(launches)
+    print(f"triton {triton.__version__}, K = {K}, V = {V}; bytes: per token of {H} heads, for decode per row")
     print(
-        f"{'kernel':<14} {'target':>7} {'warps':>5} {'stages':>6} "
-        f"{'regs':>5} {'stack':>6} {'shared':>7} {'warps/SM':>8}"
+        f"{'kernel':<16} {'target':>7} {'warps':>5} {'stages':>6} "
+        f"{'regs':>5} {'stack':>6} {'spills':>6} {'shared':>7} {'warps/SM':>8} {'bytes':>9}"
     )
     seen = set()
-    for launch in launches:
+    for small, launch in zip(*found, strict=True):
         for target in targets:
             compiled = compile_for(launch, target)
             if (launch.name, compiled.hash) in seen:
@@ -100,33 +120,45 @@ def report(H: int, K: int, V: int, targets: list[int]) -> None:
             by_registers = 65536 // (max(used.registers, 1) * 32 * warps)
             by_shared = 233472 // (used.shared_bytes + 1024)
             resident = min(by_registers, by_shared, 32, 64 // warps) * warps
+            grown = (needed_bytes(launch, compiled) - needed_bytes(small, compiled)) / (sizes[1] - sizes[0])
             shapes = ", ".join(f"{name} x{count}" for name, count in sorted(used.instructions.items()))
             print(
-                f"{launch.name:<14} {f'sm_{target}':>7} {warps:>5} {launch.options['num_stages']:>6} "
-                f"{used.registers:>5} {used.stack_bytes:>6} {used.shared_bytes:>7} {resident:>8}  {shapes}"
+                f"{launch.name:<16} {f'sm_{target}':>7} {warps:>5} {launch.options['num_stages']:>6} "
+                f"{used.registers:>5} {used.stack_bytes:>6} {used.spill_bytes:>6} {used.shared_bytes:>7} "
+                f"{resident:>8} {grown:>9.0f}  {shapes}".rstrip()
             )
+
+
+#: Each is compiled into kernels of its own.
+POLICIES: list[dict[str, Any]] = [{}, {"states_every": 1}, {"states_every": 2}, {"keep_intermediates": True}]
 
 
 def passes(K: int, V: int, launches: dict[str, Launch]) -> str:
     """What is wrong with these launches on this GPU, or nothing."""
-    from megatron_hybrid.kernels.self_test import TOLERANCES, kernel_errors
+    from megatron_hybrid.kernels import self_test
 
+    device = torch.device("cuda")
     try:
         with trial(**launches):
-            errors = kernel_errors(K, V, torch.device("cuda"), T=1000)
-            mixer(4, K, V, 1000, "cuda")()
-            torch.cuda.synchronize()
-    except (RuntimeError, triton.runtime.errors.OutOfResources) as problem:
+            for kept in POLICIES:
+                if wrong := self_test.beyond(self_test.errors_of_both(K, V, device, **kept)):
+                    return f"mixer, {kept or 'nothing kept'}: {wrong}"
+            if wrong := self_test.beyond(self_test.delta_rule_errors(K, V, device)):
+                return f"delta rule: {wrong}"
+            if wrong := self_test.beyond(self_test.decode_errors(K, V, device), self_test.DECODED):
+                return f"decode: {wrong}"
+    except (RuntimeError, ValueError, triton.runtime.errors.OutOfResources) as problem:
         return str(problem).splitlines()[0]
-    return "; ".join(f"{name} {e:.4f}" for name, e in errors.items() if not e <= TOLERANCES[name])
+    return ""
 
 
 def alone(kernel: str, run: Callable[[], Any]) -> list[float]:
     """Milliseconds that each launch of one kernel in `run` takes by itself."""
-    from megatron_hybrid.kernels import triton_launch
+    from megatron_hybrid.kernels.inspection import holder
 
+    module = holder(kernel)
     name = f"{kernel.removesuffix('_again').removesuffix('_normalising')}_kernel"
-    original = getattr(triton_launch, name)
+    original = getattr(module, name)
     again: list[Callable[[], Any]] = []
 
     class Recorder:
@@ -137,17 +169,17 @@ def alone(kernel: str, run: Callable[[], Any]) -> list[float]:
 
             return launch
 
-    setattr(triton_launch, name, Recorder())
+    setattr(module, name, Recorder())
     try:
         run()
     finally:
-        setattr(triton_launch, name, original)
+        setattr(module, name, original)
     return [float(triton.testing.do_bench_cudagraph(launch, rep=20, return_mode="median")) for launch in again]
 
 
 def serve(connection: Connection, H: int, K: int, V: int, T: int) -> None:
     """Answers (launches, kernel) with its times, or with what is wrong; (launches, None) with what `passes` says."""
-    run = mixer(H, K, V, T, "cuda")
+    run, decode = mixer(H, K, V, T, "cuda"), decoding(H, K, V, 64, "cuda")
     while True:
         launches, kernel = connection.recv()
         if kernel is None:
@@ -155,8 +187,8 @@ def serve(connection: Connection, H: int, K: int, V: int, T: int) -> None:
             continue
         try:
             with trial(**launches):
-                connection.send(alone(kernel, run))
-        except (RuntimeError, triton.runtime.errors.OutOfResources) as problem:
+                connection.send(alone(kernel, decode if kernel == "decode" else run))
+        except (RuntimeError, ValueError, triton.runtime.errors.OutOfResources) as problem:
             connection.send(str(problem).splitlines()[0])
 
 
@@ -187,6 +219,12 @@ class Child:
 
 def tune(H: int, K: int, V: int, T: int) -> None:
     """One kernel after the other, each with the best of those before it."""
+    architecture, version = current_key()
+    if reason := known_bad(architecture, version):
+        raise SystemExit(
+            f"error: {architecture} with triton {version}: {reason}; no launch can be trusted here: take a triton "
+            "without that fault, or train with --gdn-backend reference"
+        )
     best, child = dict(DEFAULTS), Child(H, K, V, T)
     for kernel, others in candidates(K).items():
         timed = []
@@ -205,9 +243,7 @@ def tune(H: int, K: int, V: int, T: int) -> None:
             print(f"{kernel:<14} {tuple(candidate)}  refused: {problem}", flush=True)
         else:
             raise SystemExit(f"no configuration of {kernel} passes: use the reference backend for K = {K}, V = {V}")
-    major, minor = torch.cuda.get_device_capability()
-    version = ".".join(triton.__version__.split(".")[:2])
-    print(f'("sm_{major}{minor}", "{version}", {K}, {V}): {{')
+    print(f'("{architecture}", "{version}", {K}, {V}): {{')
     for kernel, launch in best.items():
         print(f'    "{kernel}": {launch},')
     print(f"}},  # {torch.cuda.get_device_name()}")
