@@ -142,7 +142,9 @@ def test_a_resumed_run_goes_on_where_it_stopped(one_rank: dict[Any, Any], data: 
     ids, losses = one_rank[True]
     assert sorted(number for rank in ranks for number in rank["ids"]) == ids[2]
     np.testing.assert_allclose(_losses(tmp_path), losses, rtol=2e-6)
-    with pytest.raises(AssertionError, match=r"its checkpoints were trained on other data \(seed \(--seed, --data-seed\): 34521"):
+    with pytest.raises(
+        AssertionError, match=r"its checkpoints were trained on other data \(seed \(--seed, --data-seed\): 34521"
+    ):
         run_ranks(_train_and_show_error, 1, [*rest, "--data-seed", "1"])
 
 
