@@ -224,7 +224,7 @@ def decode_step(
     Args:
         qkvz: [B, D + H V] or [B, D], ab: [B, 2 H], as in `mixer_core`.
         conv_state: [B, D, W - 1], the inputs before this token, oldest first.
-        state: [B, H, K, V] fp32.
+        state: [B, H, K, V] fp32; backend reference takes fp64 too.
 
     Returns y [B, H V] in the dtype of qkvz. Raises as `mixer_core`.
     """
@@ -239,11 +239,11 @@ def decode_step(
         key_heads="num_key_heads", value_heads="the number of heads of state",
         sizes=mixer_sizes(Hk, H, K, V, conv_weight),
     )  # fmt: skip
-    if state.dtype != torch.float32:
+    name = choose_backend(backend, qkvz)
+    if state.dtype != torch.float32 and (state.dtype, name) != (torch.float64, "reference"):
         raise ValueError(f"state is {state.dtype}; it must be torch.float32: tokens add to it one by one")
     weight = conv_weight.flatten(1).contiguous()
     D, W = weight.shape
-    name = choose_backend(backend, qkvz)
     if name == "fla":
         raise RuntimeError("backend fla has no step of one token here; use triton or reference")
     if name == "triton":
