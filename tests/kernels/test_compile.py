@@ -131,7 +131,7 @@ def test_no_padding_of_the_models_key_dim() -> None:
 
 
 def test_bytes_per_token() -> None:
-    """As counted by hand, for each head: what is read once, what is written once, in bf16 where nothing else is said."""
+    """As counted by hand for each head: what is read once and what is written once, bf16 unless said."""
     K, V, C, fp32 = 96, 192, 64, 2
     inverse, scores, factors = C, C, 2 * 2 * fp32
     by_hand = {
