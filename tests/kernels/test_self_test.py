@@ -57,13 +57,15 @@ def test_nan_is_no_pass() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_right_kernels_pass(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "lengths"), [(torch.bfloat16, [2, 66]), (torch.float16, [2, 6])], ids=["bf16", "fp16"]
+)
+def test_right_kernels_pass(dtype: torch.dtype, lengths: list[int]) -> None:
     """In the rounding of a GPU; the fewer columns, the nearer to the bounds."""
     from tests.kernels.rounding import as_on_a_gpu
 
     with as_on_a_gpu():
-        errors = self_test.mixer_errors(32, 32, CPU, dtype, lengths=[2, 66], states_every=1)
+        errors = self_test.mixer_errors(32, 32, CPU, dtype, lengths=lengths, states_every=1)
         tokens = self_test.decode_errors(32, 32, CPU, dtype, tokens=2)
     assert self_test.beyond(errors) == self_test.beyond(tokens, self_test.DECODED) == ""
 
@@ -103,7 +105,7 @@ def test_a_wrong_kernel_is_red(kernel: str, result: str, red: set[str], monkeypa
     monkeypatch.setattr(self_test, "HEADS", 1)
     name = f"{kernel}_kernel"
     monkeypatch.setattr(triton_launch, name, Wrong(getattr(triton_launch, name), result))
-    errors = self_test.mixer_errors(16, 16, CPU, torch.float32, lengths=[1, 5])
+    errors = self_test.mixer_errors(16, 16, CPU, torch.float32, lengths=[5])
     assert {name for name, e in errors.items() if not e <= self_test.TOLERANCES[name]} >= red
     monkeypatch.setattr(self_test, "errors_of_both", lambda *sizes, **kept: errors)
     with pytest.raises(RuntimeError, match="fail their self-test on cpu, K = 16, V = 16"):
@@ -115,4 +117,4 @@ def test_other_bits_are_red(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_test, "HEADS", 1)
     monkeypatch.setattr(triton_launch, "norm_kernel", Wrong(triton_launch.norm_kernel, "y_out", growing=True))
     with pytest.raises(RuntimeError, match=r"different bits for the same input twice: y$"):
-        self_test.mixer_errors(16, 16, CPU, torch.float32, lengths=[1, 5])
+        self_test.mixer_errors(16, 16, CPU, torch.float32, lengths=[5])
