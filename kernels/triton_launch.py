@@ -80,6 +80,8 @@ def make_problem(q: Tensor, v: Tensor, options: Options, cu_seqlens: Tensor | No
     """q [B, T, Hk, K], v [B, T, H, V]; cu_seqlens [N + 1] or None."""
     B, T, Hk, K = q.shape
     H, V = v.shape[2:]
+    for size in (K, V):
+        split_dim(size)  # refuses what no launch can run, before one is looked up
     every = options.states_every
     layout = make_layout(B, T, cu_seqlens, q.device)
     segments = make_layout(B, T, cu_seqlens, q.device, CHUNK * every) if every > 0 else None

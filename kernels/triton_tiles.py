@@ -54,7 +54,9 @@ def make_layout(B: int, T: int, cu_seqlens: Tensor | None, device: torch.device,
 def split_dim(size: int) -> tuple[int, int]:
     """Two powers of two that cover `size`, a multiple of 16 up to 256, with the least padding two parts allow."""
     if size % 16 or not 16 <= size <= 256:
-        raise ValueError(f"head dimension {size}: the Triton kernels take multiples of 16 from 16 to 256")
+        raise ValueError(
+            f"head dimension {size}: the Triton kernels take multiples of 16 from 16 to 256, the reference backend any"
+        )
     if size == 16:
         return 16, 16  # the second part is all padding: a product needs at least 16 columns
     first = 1 << (size - 1).bit_length() - 1

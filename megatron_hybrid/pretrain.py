@@ -256,7 +256,7 @@ def _check_kernels(args: argparse.Namespace) -> dict[str, float]:
             states_every=args.gdn_states_every,
             keep_intermediates=args.gdn_keep_intermediates,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         print(f"error: rank {args.rank}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -30,7 +30,7 @@ pytestmark = [
 
 STEPS, SAVED = 6, 3
 RUN = words(
-    "--preset olmo-hybrid-tiny --mock-data --tokenizer-type NullTokenizer --vocab-size 1000 --bf16 --no-log-health "
+    "--preset olmo-hybrid-tiny --gdn-backend reference --mock-data --tokenizer-type NullTokenizer --vocab-size 1000 --bf16 --no-log-health "
     f"--use-distributed-optimizer --train-iters {STEPS} --lr-warmup-iters 1 --eval-iters 0 --save-interval {SAVED} "
     "--tensorboard-log-interval 1"
 )
@@ -40,11 +40,19 @@ ITS_OWN = {"bf16": (), "delayed": FP8["delayed"]}
 
 def train(run: Path, *flags: str) -> dict[int, float]:
     """{step: loss} of a run that is to end well; it continues what is in its folder."""
+    return ended(run, started(run, *flags))
+
+
+def started(run: Path, *flags: str) -> subprocess.Popen[str]:
     own = ("--save", run / "checkpoints", "--tensorboard-dir", run / "tensorboard", "--data-cache-path", run / "cache")
     load = ("--load", run / "checkpoints") if (run / "checkpoints").exists() else ()
     command = [sys.executable, "-m", "megatron_hybrid.pretrain", *RUN, *map(str, own), *map(str, load), *flags]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def ended(run: Path, process: subprocess.Popen[str]) -> dict[int, float]:
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors[-3000:]
     losses = read_series(run / "tensorboard")["lm loss"]
     return dict(zip(map(int, losses.steps), map(float, losses.values), strict=True))
 
@@ -79,15 +87,14 @@ def test_masters_are_saved_whole_and_continued_from(recipe: str, tmp_path: Path)
         assert fine, "no master has more bits than its weight: rounded ones were saved"
         assert {saved[name].dtype for name in weights} == {torch.bfloat16, torch.float32}
 
-    run = half_way(straight, tmp_path / "resumed")
-    assert {step: loss for step, loss in train(run, *flags).items() if step > SAVED} == {
-        step: loss for step, loss in expected.items() if step > SAVED
-    }
-    found, wanted = tensors(run, STEPS), tensors(straight, STEPS)
+    others = ((), FP8["tensorwise"], (*FP8["tensorwise"], *LEAN))
+    runs = [half_way(straight, tmp_path / f"continued {i}") for i in range(1 + len(others))]
+    processes = [started(run, *with_flags) for run, with_flags in zip(runs, (flags, *others), strict=True)]
+    resumed, *otherwise = [ended(run, process) for run, process in zip(runs, processes, strict=True)]
+    later = range(SAVED + 1, STEPS + 1)
+    assert [resumed[i] for i in later] == [expected[i] for i in later]
+    found, wanted = tensors(runs[0], STEPS), tensors(straight, STEPS)
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
-
-    for other in ((), FP8["tensorwise"], (*FP8["tensorwise"], *LEAN)):
-        losses = train(half_way(straight, tmp_path / f"other {len(other)}"), *other)
-        later = range(SAVED + 1, STEPS + 1)
+    for losses in otherwise:
         np.testing.assert_allclose([losses[i] for i in later], [expected[i] for i in later], rtol=0.02)

@@ -208,9 +208,9 @@ def test_head_sizes(shape: Shape) -> None:
         {"a": lambda x: torch.full_like(x, -60.0)},
         {"b": lambda x: torch.full_like(x, -30.0)},
         {
-            "a": lambda x: torch.where(
-                torch.arange(x.shape[1], device=x.device)[None, :, None] % 7 == 0, 30.0, -30.0
-            ).to(x)
+            "a": lambda x: (
+                torch.where(torch.arange(x.shape[1], device=x.device)[:, None] % 7 == 0, 30.0, -30.0).to(x).expand_as(x)
+            )
         },
         {"k": torch.zeros_like},
     ],
