@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 
 class Launch(NamedTuple):
-    """warps, stages and registers as triton's num_warps, num_stages and maxnreg; block: columns of V, channels, or (of
-    the norms) rows."""
+    """warps, stages and registers as triton's num_warps, num_stages and maxnreg; block: columns of V, of the norms
+    rows, of the convolution tokens, of its backward channels."""
 
     warps: int
     stages: int
@@ -35,7 +35,7 @@ Entry = Mapping[str, Launch]
 
 #: Where the search for an entry starts, and what the interpreter runs. Little shared memory: it fits K = V = 256.
 DEFAULTS: dict[str, Launch] = {
-    "conv": Launch(4, 1, 64),
+    "conv": Launch(1, 1, 16),
     "diagonal": Launch(1, 1),
     "prepare": Launch(4, 1),
     "prepare_normalising": Launch(4, 1),  # the same kernel, when it makes q and k unit vectors itself

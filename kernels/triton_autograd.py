@@ -17,7 +17,20 @@ from torch.autograd.function import once_differentiable
 
 from megatron_hybrid.kernels import triton_launch as launch
 from megatron_hybrid.kernels.reference import PassStates
-from megatron_hybrid.kernels.triton_launch import Conv, Gates, Options, Prepared, Problem, Scanned, Solved, make_problem
+from megatron_hybrid.kernels.streams import beside
+from megatron_hybrid.kernels.triton_launch import Preparation
+from megatron_hybrid.kernels.triton_passes import run_gradients, run_scan
+from megatron_hybrid.kernels.triton_problem import (
+    Conv,
+    Gates,
+    Options,
+    Piece,
+    Prepared,
+    Problem,
+    Scanned,
+    Solved,
+    make_problem,
+)
 
 
 def with_unit_stride(x: Tensor) -> Tensor:
@@ -35,11 +48,12 @@ class DeltaRule(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         problem = make_problem(q, v, options, cu_seqlens)
         gates = Gates(a, b, A_log, dt_bias)
-        _, made, solved = launch.prepare(problem, (q, k, v), gates, None)
+        preparation = Preparation(problem, (q, k, v), gates, None)
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
-        states = launch.scan(problem, made, solved, v, initial=initial, o=o, want_final=want_final)
-        kept = (*made, states.h, states.u) if options.keep_intermediates else (q, k, v, states.kept, initial)
-        ctx.save_for_backward(*gates, *solved, *kept)
+        states = run_scan(problem, preparation, initial=initial, o=o, want_final=want_final)
+        keep = options.keep_intermediates
+        kept = (*preparation.made, states.h, states.u) if keep else (q, k, v, states.kept, initial)
+        ctx.save_for_backward(*gates, *preparation.solved, *kept)
         ctx.problem = problem
         ctx.set_materialize_grads(False)
         return o, states.final
@@ -55,13 +69,17 @@ class DeltaRule(torch.autograd.Function):
             made, states = Prepared(*parts), Scanned(h, u)
         else:
             q, k, v, kept, initial = rest
-            _, made, _ = launch.prepare(problem, (q, k, v), gates, None, solved)
-            states = launch.scan(problem, made, solved, v, initial=initial, kept=kept, is_again=True)
+            again = Preparation(problem, (q, k, v), gates, None, solved)
+            made, states = again.made, run_scan(problem, again, initial=initial, kept=kept, o=None)
         shape = (problem.B, problem.T, problem.H, problem.V)
         do = made.k.new_zeros(shape) if do is None else with_unit_stride(do)
         dfinal = None if dfinal is None else dfinal.contiguous()
         da, db = torch.empty(2, *a.shape, dtype=a.dtype, device=a.device)
-        g = launch.gradients(problem, made, solved, states, do, dfinal, gates, da, db, ctx.needs_input_grad[7])
+        with beside(do) as second:
+            g = run_gradients(
+                problem, made, solved, states, do, dfinal, gates, da, db, second,
+                want_dinitial=ctx.needs_input_grad[7],
+            )  # fmt: skip
         return (
             g.dq, g.dk, g.dv, da, db, g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype), g.dinitial,
             None, None, None,
@@ -90,20 +108,29 @@ class MixerCore(torch.autograd.Function):
         a, b = ab.chunk(2, dim=-1)
         gates, conv = Gates(a, b, A_log, dt_bias), Conv(conv_weight, halo)
         x = qkvz[..., : conv_weight.shape[0]]
-        v, made, solved = launch.prepare(problem, (x, x, x), gates, conv, with_scores=pass_states is None)
+        preparation = Preparation(problem, (x, x, x), gates, conv)
+        made, solved, v = preparation.made, preparation.solved, preparation.v
+        y = torch.empty_like(v)
+        o = launch.unnormed(torch.empty_like(v) if options.keep_intermediates else y)
+
+        def finish(piece: Piece) -> None:
+            launch.norm(problem, o, z, norm_weight, y, piece)
+
         incoming, S = None, None
-        if pass_states is not None:
+        if pass_states is None:
+            states = run_scan(problem, preparation, initial=initial, o=o, want_final=want_final, finish=finish)
+        else:
+            preparation.run(problem.whole, with_scores=False)
             M, S = launch.summary(problem, made, solved, v)
             with torch.enable_grad():
                 wait = pass_states(M, S.requires_grad_())
-            launch.score(problem, made, solved, gates)  # meanwhile
+            preparation.score()  # meanwhile
             with torch.enable_grad():
                 incoming = wait()
             initial = incoming.detach().contiguous()
-        y = torch.empty_like(v)
-        o = launch.unnormed(torch.empty_like(v) if options.keep_intermediates else y)
-        states = launch.scan(problem, made, solved, v, initial=initial, o=o, want_final=want_final)
-        launch.norm(problem, o, z, norm_weight, y)
+            states = launch.new_states(problem, made.k, None, want_final=False, is_again=False)
+            launch.scan(problem, made, solved, v, states, problem.whole, initial=initial, o=o)
+            finish(problem.whole)
         kept = (*made, states.h, states.u, o) if options.keep_intermediates else (states.kept, initial)
         # incoming brings the graph it came through, which so lives as long as the rest of what is saved.
         ctx.save_for_backward(qkvz, ab, conv_weight, A_log, dt_bias, norm_weight, halo, incoming, S, *solved, *kept)
@@ -127,27 +154,36 @@ class MixerCore(torch.autograd.Function):
         else:
             kept, initial = rest
             o = launch.unnormed(do)
-            v, made, _ = launch.prepare(problem, (x, x, x), gates, conv, solved)
-            states = launch.scan(problem, made, solved, v, initial=initial, kept=kept, o=o, is_again=True)
+            again = Preparation(problem, (x, x, x), gates, conv, solved)
+            made, states = again.made, run_scan(problem, again, initial=initial, kept=kept, o=o)
         dqkvz = torch.empty(qkvz.shape, dtype=qkvz.dtype, device=qkvz.device)
         dab = torch.empty(ab.shape, dtype=ab.dtype, device=ab.device)
         dz = split_projection(dqkvz, ctx.heads)[3]
         dy = torch.zeros_like(do) if dy is None else with_unit_stride(dy)
-        dnorm = launch.norm_backward(problem, o, z, norm_weight, dy, do, dz)
         dfinal = None if dfinal is None else dfinal.contiguous()
-        want_dinitial = ctx.needs_input_grad[7]
+        want_dinitial, fp32 = ctx.needs_input_grad[7], {"dtype": torch.float32, "device": x.device}
+        # Of weights: chunk by chunk, and summed afterwards, in a fixed order.
+        chunks, (D, taps) = problem.layout.num_chunks, conv_weight.shape
+        by_chunk, dnorm = torch.empty(chunks, problem.H, problem.V, **fp32), torch.empty_like(norm_weight)
+        dweight = torch.empty(chunks, D, taps, **fp32)
+        # Zeros: a document without tokens sends its halo nothing.
+        dhalo = None if halo is None else torch.zeros(halo.shape, **fp32)
+        launch.norm_backward(problem, o, z, norm_weight, dy, do, dz, by_chunk)
         if incoming is not None:
             own = launch.new_adjoint(problem, made, want_dinitial=True, store=False)
             launch.adjoint_scan(problem, made, solved, do, None, own)
             # The chain is linear in S, and its transpose carries what each stretch sends back to the ones before it.
             (dfinal,) = torch.autograd.grad(incoming, S, own.dinitial, retain_graph=True)
         da, db = dab.chunk(2, dim=-1)
-        g = launch.gradients(problem, made, solved, states, do, dfinal, gates, da, db, want_dinitial)
-        dx = dqkvz[..., : conv_weight.shape[0]]
-        dweight, dhalo = launch.conv_backward(problem, x, conv, g.dq, g.dk, g.dv, dx)
+        with beside(do) as second:
+            g = run_gradients(
+                problem, made, solved, states, do, dfinal, gates, da, db, second, want_dinitial=want_dinitial,
+                meanwhile=lambda: dnorm.copy_(by_chunk.sum((0, 1))),
+            )  # fmt: skip
+            launch.conv_backward(problem, x, conv, (g.dq, g.dk, g.dv), dqkvz[..., :D], dweight, dhalo)
         return (
-            dqkvz, dab, dweight.to(conv_weight.dtype), g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype),
-            dnorm.to(norm_weight.dtype), None if halo is None or dhalo is None else dhalo.to(halo.dtype),
+            dqkvz, dab, dweight.sum(0).to(conv_weight.dtype), g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype),
+            dnorm, None if halo is None or dhalo is None else dhalo.to(halo.dtype),
             g.dinitial, None, None, None, None, None,
         )  # fmt: skip
 
@@ -166,10 +202,11 @@ class Summary(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         problem = make_problem(k, v, options, cu_seqlens)
         gates = Gates(a, b, A_log, dt_bias)
-        _, made, solved = launch.prepare(problem, (k, k, v), gates, None, with_scores=False)
-        ctx.save_for_backward(k, v, *gates, *solved)
+        preparation = Preparation(problem, (k, k, v), gates, None)
+        preparation.run(problem.whole, with_scores=False)
+        ctx.save_for_backward(k, v, *gates, *preparation.solved)
         ctx.problem = problem
-        return torch.cat(launch.summary(problem, made, solved, v), dim=-1)
+        return torch.cat(launch.summary(problem, preparation.made, preparation.solved, v), dim=-1)
 
     @staticmethod
     def widen(k: Tensor, v: Tensor, documents: int) -> tuple[Tensor, Tensor]:
@@ -187,11 +224,15 @@ class Summary(torch.autograd.Function):
         problem = narrow._replace(V=narrow.K + narrow.V)  # launches stay: V is cut in blocks, K alone says what fits
         gates, solved = Gates(a, b, A_log, dt_bias), Solved(G, factors, Tb)
         widened, initial = Summary.widen(k, v, problem.layout.N // problem.B)
-        _, made, _ = launch.prepare(problem, (k, k, widened), gates, None, solved)
-        states = launch.scan(problem, made, solved, widened, initial=initial, is_again=True)
+        again = Preparation(problem, (k, k, widened), gates, None, solved)
+        states = run_scan(problem, again, initial=initial, o=None)
         do = torch.zeros_like(widened)
         da, db = torch.empty(2, *a.shape, dtype=a.dtype, device=a.device)
-        g = launch.gradients(problem, made, solved, states, do, dfinal.contiguous(), gates, da, db, False)
+        with beside(do) as second:
+            g = run_gradients(
+                problem, again.made, solved, states, do, dfinal.contiguous(), gates, da, db, second,
+                want_dinitial=False,
+            )  # fmt: skip
         dA_log, ddt_bias = g.dA_log.to(A_log.dtype), g.ddt_bias.to(dt_bias.dtype)
         return g.dk, g.dv[..., problem.K :], da, db, dA_log, ddt_bias, None, None
 

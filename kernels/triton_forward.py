@@ -25,10 +25,10 @@ from megatron_hybrid.kernels.triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "chunk0", "count"])
 def scan_kernel(
     q_in, k_in, v_in, Tb_in, P_in, factors_in, initial, o_out, h_out, u_out, every_out, final,
-    bounds, chunk_start, seg_doc, seg_start, T, v_sb, v_st, v_sh,
+    bounds, chunk_start, seg_doc, seg_start, T, chunk0, count, v_sb, v_st, v_sh,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SEGMENT: tl.constexpr, EVERY: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, PACKED: tl.constexpr,
@@ -40,8 +40,9 @@ def scan_kernel(
     MAP: no values enter and the state starts as the identity, V = K, so that `final` is what the document does to any
     state.
 
-    SEGMENT 0: one program runs a whole document from `initial` [N, H, K, V] fp32 (zeros unless INITIAL), and writes
-    the state entering every EVERY-th chunk to every_out when EVERY > 0, and `final` [N, H, K, V] fp32 when FINAL.
+    SEGMENT 0: one program runs `count` chunks of a document, or all there are, from chunk0 and the state `initial`
+    [N, H, K, V] fp32 on (zeros unless INITIAL), and writes the state entering every EVERY-th chunk to every_out when
+    EVERY > 0, and the last one to `final` [N, H, K, V] fp32 when FINAL.
     SEGMENT s: one program runs s chunks from the state every_out holds, so that all of them run side by side.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -59,9 +60,9 @@ def scan_kernel(
             skipped = (i_s % per_row) * SEGMENT
     else:
         n = i_s
-        skipped = 0
+        skipped = chunk0
     b, bos, length, first_chunk = locate_document(n, T, bounds, chunk_start, PACKED, C)
-    num_chunks = tl.cdiv(length, C) - skipped
+    num_chunks = tl.minimum(tl.cdiv(length, C) - skipped, count)
     first_chunk += skipped
     start = skipped * C
     state = (n.to(tl.int64) * H + i_h) * K * V
@@ -112,8 +113,8 @@ def scan_kernel(
         if STATES:
             store_state(h, s0_low, col, 0, BV, KA, V, K)
             store_state(h, s1_low, col, KA, BV, KB, V, K)
-        if EVERY > 0 and SEGMENT == 0 and c % EVERY == 0:
-            saved = every_out + ((i_e + c // EVERY) * H + i_h) * K * V
+        if EVERY > 0 and SEGMENT == 0 and (skipped + c) % EVERY == 0:
+            saved = every_out + ((i_e + (skipped + c) // EVERY) * H + i_h) * K * V
             store_state(saved, s0, col, 0, BV, KA, V, K)
             store_state(saved, s1, col, KA, BV, KB, V, K)
         from_state = tl.dot(s1_low, tl.trans(k1), tl.dot(s0_low, tl.trans(k0)))
@@ -152,13 +153,14 @@ def scan_kernel(
         store_state_fp32(final + state, s1, col, KA, BV, KB, V, K)
 
 
-@triton.jit(do_not_specialize=["T", "rows"])
+@triton.jit(do_not_specialize=["T", "row0", "rows"])
 def norm_kernel(
-    o_in, z_in, norm_w, y_out, T, rows, eps, z_sb, z_st, z_sh,
+    o_in, z_in, norm_w, y_out, T, row0, rows, eps, z_sb, z_st, z_sh,
     H: tl.constexpr, V: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """Gated RMSNorm (no gate unless GATE) of R rows of o_in [rows = B * T * H, V]. y_out may be the memory of o_in."""
-    first = tl.program_id(0) * R
+    """Gated RMSNorm (no gate unless GATE) of o_in [B * T * H, V], R of the rows from row0 to rows. y_out may be the
+    memory of o_in."""
+    first = row0 + tl.program_id(0) * R
     left = rows - first
     o = o_in + first.to(tl.int64) * V
     o0 = load_tile(o, V, left, 0, R, VA, V).to(tl.float32)

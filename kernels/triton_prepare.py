@@ -1,4 +1,4 @@
-"""What a chunk needs before the state arrives: q, k, v after convolution and normalisation, gates, inverse, scores.
+"""What a chunk needs before the state arrives, besides its convolution: gates, inverse, scores.
 
 Letters as in triton_tiles.py. For one chunk and value head, with G the running sum of g inside the chunk:
 
@@ -26,84 +26,6 @@ from megatron_hybrid.kernels.triton_tiles import (
     store_state,
     store_tile,
 )
-
-
-@triton.jit
-def silu_conv_tile(
-    x, stride, weight, halo, t0, rows_left, width,
-    COL: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, W: tl.constexpr, D: tl.constexpr, HALO: tl.constexpr,
-):  # fmt: skip
-    """silu(causal conv) of C rows in fp32; x points at token t0 of its document, halo at its [D, W - 1] history.
-
-    Channels from `width` on are zero.
-    """
-    c = COL + tl.arange(0, BC)
-    in_row = (c < width)[None, :]
-    valid = (tl.arange(0, C) < rows_left)[:, None] & in_row
-    total = tl.zeros([C, BC], dtype=tl.float32)
-    for j in tl.static_range(W):
-        r = tl.arange(0, C) - (W - 1 - j)
-        before = (t0 + r < 0)[:, None]
-        tap = tl.load(x + r[:, None] * stride + c[None, :], mask=valid & ~before, other=0.0).to(tl.float32)
-        if HALO:
-            past = (t0 + r + (W - 1))[:, None] + c[None, :] * (W - 1)
-            tap += tl.load(halo + past, mask=valid & before, other=0.0).to(tl.float32)
-        tap_weight = tl.load(weight + j * D + c, mask=c < width, other=0.0).to(tl.float32)
-        total += tap * tap_weight[None, :]
-    return total * sigmoid_fp32(total)
-
-
-@triton.jit(do_not_specialize=["T"])
-def conv_kernel(
-    x_in, weight, halo, q_out, k_out, v_out, rstd_q, rstd_k, bounds, chunk_doc, chunk_start, T, eps, x_sb, x_st,
-    Hk: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-    HALO: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Convolution and SiLU of one chunk of one q or k head, normalised, or of BV columns of v.
-
-    x_in [B, T, D], weight [W, D] and halo [N, D, W - 1] hold the D = 2 Hk K + H V channels of q, k and v.
-    """
-    BLOCKS_V: tl.constexpr = (H * V + BV - 1) // BV
-    BLOCKS: tl.constexpr = 2 * Hk + BLOCKS_V
-    D: tl.constexpr = 2 * Hk * K + H * V
-    i_c = tl.program_id(0) // BLOCKS
-    block = tl.program_id(0) % BLOCKS
-    n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
-    if t0 >= length:
-        return
-    left = length - t0
-    row = b * T + bos + t0
-    past = halo + n.to(tl.int64) * D * (W - 1)
-    x = x_in + b * x_sb + (bos + t0) * x_st
-    if block >= 2 * Hk:
-        col = (block - 2 * Hk) * BV
-        channel = 2 * Hk * K + col
-        width = tl.minimum(H * V - col, BV)
-        v = silu_conv_tile(
-            x + channel, x_st, weight + channel, past + channel * (W - 1), t0, left, width, 0, C, BV, W, D, HALO
-        )
-        r = tl.arange(0, C)
-        c = tl.arange(0, BV)
-        mask = (r < left)[:, None] & (c < width)[None, :]
-        tl.store(
-            v_out + row * (H * V) + col + r[:, None] * (H * V) + c[None, :], v.to(v_out.dtype.element_ty), mask=mask
-        )
-    else:
-        channel = block * K
-        w = weight + channel
-        past += channel * (W - 1)
-        x0 = silu_conv_tile(x + channel, x_st, w, past, t0, left, K, 0, C, KA, W, D, HALO)
-        x1 = silu_conv_tile(x + channel, x_st, w, past, t0, left, K, KA, C, KB, W, D, HALO)
-        out, rstd, i_k = q_out, rstd_q, block
-        if block >= Hk:
-            out, rstd, i_k = k_out, rstd_k, block - Hk
-        scale = tl.rsqrt(tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1) + eps)
-        x0, x1 = x0 * scale[:, None], x1 * scale[:, None]
-        tl.store(rstd + (i_c.to(tl.int64) * Hk + i_k) * C + tl.arange(0, C), scale)
-        out += (row * Hk + i_k) * K
-        store_tile(out, x0, Hk * K, left, 0, C, KA, K)
-        store_tile(out, x1, Hk * K, left, KA, C, KB, K)
 
 
 @triton.jit
@@ -142,9 +64,9 @@ def normalised_rows(x, stride, left, eps, C: tl.constexpr, KA: tl.constexpr, KB:
     return x0 * rstd[:, None], x1 * rstd[:, None], rstd
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "chunk0"])
 def diagonal_kernel(
-    k_in, a_in, b_in, A_log, dt_bias, diagonal_out, bounds, chunk_doc, chunk_start, T, eps,
+    k_in, a_in, b_in, A_log, dt_bias, diagonal_out, bounds, chunk_doc, chunk_start, T, chunk0, eps,
     k_sb, k_st, k_sh, a_sb, a_st, b_sb, b_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr,
     L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -156,7 +78,7 @@ def diagonal_kernel(
     """
     half = tl.program_id(0) % 2
     i_h = (tl.program_id(0) // 2) % H
-    i_c = tl.program_id(0) // (2 * H)
+    i_c = tl.program_id(0) // (2 * H) + chunk0
     _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)
     if t0 >= length:
         return
@@ -198,11 +120,12 @@ def diagonal_kernel(
     tl.store(out + 528, X11.to(element))
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "chunk0"])
 def prepare_kernel(
     q_in, k_in, a_in, b_in, A_log, dt_bias, diagonal_in,
     q_out, k_out, scaled_out, rstd_q, rstd_k, G_out, factors_out, Tb_out, P_out,
-    bounds, chunk_doc, chunk_start, T, scale, eps, q_sb, q_st, q_sh, k_sb, k_st, k_sh, a_sb, a_st, b_sb, b_st,
+    bounds, chunk_doc, chunk_start, T, chunk0, scale, eps,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, a_sb, a_st, b_sb, b_st,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, C: tl.constexpr,
     L2NORM: tl.constexpr, BETA_MAX: tl.constexpr, SOLVE: tl.constexpr, SCORES: tl.constexpr, SCALED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -211,7 +134,7 @@ def prepare_kernel(
 
     L2NORM reads raw q and k where the projection left them, and writes them normalised as [B * T, Hk, K] rows.
     """
-    i_c = tl.program_id(0) // H
+    i_c = tl.program_id(0) // H + chunk0
     i_h = tl.program_id(0) % H
     i_k = i_h // GROUP
     _n, b, bos, t0, length = locate_chunk(i_c, T, bounds, chunk_doc, chunk_start, PACKED, C)

@@ -30,9 +30,9 @@ pytestmark = [
 
 STEPS, SAVED = 6, 3
 RUN = words(
-    "--preset olmo-hybrid-tiny --gdn-backend reference --mock-data --tokenizer-type NullTokenizer --vocab-size 1000 --bf16 --no-log-health "
-    f"--use-distributed-optimizer --train-iters {STEPS} --lr-warmup-iters 1 --eval-iters 0 --save-interval {SAVED} "
-    "--tensorboard-log-interval 1"
+    "--preset olmo-hybrid-tiny --gdn-backend reference --mock-data --tokenizer-type NullTokenizer --vocab-size 1000 "
+    f"--bf16 --no-log-health --use-distributed-optimizer --train-iters {STEPS} --lr-warmup-iters 1 --eval-iters 0 "
+    f"--save-interval {SAVED} --tensorboard-log-interval 1"
 )
 #: In which Transformer Engine's Adam holds the masters.
 ITS_OWN = {"bf16": (), "delayed": FP8["delayed"]}

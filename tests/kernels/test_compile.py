@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_hybrid.kernels import triton_autograd
 from megatron_hybrid.kernels.configs import DEFAULTS, TABLE
 from megatron_hybrid.kernels.inspection import Recorded, Resources, compile_for, recording, resources
-from megatron_hybrid.kernels.triton_launch import Options
+from megatron_hybrid.kernels.triton_problem import Options
 from megatron_hybrid.tools.tune_kernels.search import WIDE, decoding, mixer
 from megatron_hybrid.tools.tune_kernels.traffic import needed_bytes
 

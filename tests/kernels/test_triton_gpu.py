@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hybrid.kernels import gated_delta, reference
+from megatron_hybrid.kernels import gated_delta, reference, triton_problem
 from megatron_hybrid.kernels.configs import TABLE, current_key, trial
 from megatron_hybrid.kernels.self_test import (
     DECODED,
@@ -30,6 +30,7 @@ from megatron_hybrid.kernels.self_test import (
 )
 from megatron_hybrid.kernels.self_test import relative_error as relative
 from megatron_hybrid.kernels.streams import second_stream
+from tests.kernels import pieces
 
 pytestmark = [
     pytest.mark.gpu,
@@ -151,8 +152,9 @@ def test_packed(kept: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("late", ["first", "second"])
-def test_neither_stream_runs_ahead(late: str) -> None:
-    """The same bits when what a backward pass launches on one of its two streams begins 20 ms late."""
+def test_neither_stream_runs_ahead(late: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits when what a call launches on one of its two streams begins 20 ms late; forward in two pieces."""
+    monkeypatch.setattr(triton_problem, "PIECE", 1)
     device = torch.device("cuda", torch.cuda.current_device())
     inputs, own = delta_inputs(1, 200, MODEL), torch.cuda.Stream(device)
     with launches():
@@ -164,6 +166,18 @@ def test_neither_stream_runs_ahead(late: str) -> None:
             actual = run("triton", inputs)
         torch.cuda.synchronize()
     assert_same_bits(expected, actual)
+
+
+@pytest.mark.parametrize("kept", pieces.POLICIES, ids=str)
+def test_pieces_change_no_bit(kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, heads = mixer_inputs(64 * 40 + 13, MODEL), sizes_of(MODEL)
+    with launches():
+        (one, whole), (two, halves), (four, quarters) = (
+            pieces.results(monkeypatch, most, "mixer_core", inputs, **heads, **kept) for most in (1, 2, 4)
+        )
+    assert (one, two, four) == (1, 2, 4)
+    assert_same_bits(whole, halves)
+    assert_same_bits(whole, quarters)
 
 
 @POLICIES

@@ -15,7 +15,7 @@ from megatron_hybrid.kernels.configs import DEFAULTS, TABLE, Launch, current_key
 
 #: Tried for each kernel besides the default. Columns stay at 64 where a matrix product wants 64 rows.
 CANDIDATES = {
-    "conv": [Launch(4, 1, 128), Launch(2, 1, 64)],
+    "conv": [Launch(1, 1, 32), Launch(2, 1, 16), Launch(4, 1, 16)],
     "diagonal": [],
     "prepare": [Launch(4, 1, 0, 96), Launch(4, 1, 0, 128)],
     "prepare_normalising": [Launch(4, 1, 0, 96), Launch(4, 1, 0, 128)],
@@ -32,7 +32,6 @@ CANDIDATES = {
 }
 #: The same for K above 128: three stages of a scan do not fit; 4 warps, or 128 registers, spill by hundreds.
 WIDE = {
-    "conv": [Launch(8, 1, 64)],
     "prepare": [Launch(8, 1)],
     "prepare_normalising": [Launch(8, 1)],
     "scan": [Launch(8, 2, 64)],
