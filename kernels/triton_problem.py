@@ -5,6 +5,7 @@ Letters as in triton_tiles.py.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,8 +13,11 @@ from torch import Tensor
 from megatron_hybrid.kernels.configs import Launch, launch_for
 from megatron_hybrid.kernels.triton_tiles import CHUNK, Layout, make_layout, split_dim
 
-#: Chunks times heads below which a piece is not worth its launches, and the most pieces of a row.
-PIECE, MOST_PIECES = 900, 2
+#: Chunks times heads that a piece has on average at least, and the most pieces of a row.
+PIECE, MOST_PIECES = 900, 4
+#: The next piece over the one before it. While the scan goes through one, the next is prepared, which takes longer by
+#: this for as many chunks: as pieces shrink, no scan waits for its piece.
+SHRINK = 0.72
 
 
 class Options(NamedTuple):
@@ -67,11 +71,12 @@ class Problem(NamedTuple):
         """What runs beside one another, first to last: the scan of one row is long and narrow, so that in pieces it
         leaves room for what comes before and after it. Documents side by side, and several rows, fill a GPU at once.
         """
-        chunks, count = self.layout.num_chunks, 1
-        if self.B == 1 and not self.layout.is_packed:
-            count = min(max(chunks * self.H // PIECE, 1), MOST_PIECES)
-        length = -(-chunks // count)
-        return [Piece(first, min(length, chunks - first)) for first in range(0, chunks, length)]
+        chunks = self.layout.num_chunks
+        if self.B > 1 or self.layout.is_packed:
+            return [self.whole]
+        count = min(max(chunks * self.H // PIECE, 1), MOST_PIECES)
+        ends = (round(chunks * (1 - SHRINK**i) / (1 - SHRINK**count)) for i in range(count + 1))
+        return [Piece(first, end - first) for first, end in pairwise(sorted(set(ends)))]
 
     @property
     def tables(self) -> dict[str, Tensor]:

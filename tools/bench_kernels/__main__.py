@@ -1,8 +1,9 @@
 """Time the Gated DeltaNet kernels beside flash-linear-attention's, alternating in one process, on this GPU.
 
-Prints one line per measurement: median and spread in milliseconds, the time in which a kernel runs (what counts when
-the host runs ahead), bytes and FLOPs that the mathematics needs, what fraction of this GPU's measured copy and matmul
-rates that is, and peak memory. --json writes the same as a file.
+Prints one line per measurement: median and spread in milliseconds with all launches made before the GPU begins, as in
+training, where the host is ahead of it; the median of a call by itself, which can wait for the host; bytes and FLOPs
+that the mathematics needs, what fraction of this GPU's measured copy and matmul rates that is, and peak memory. --json
+writes the same as a file.
 flash-linear-attention is timed when installed, at --fla-shapes. Its autotuner chooses among all its configurations;
 their compilation alone is spread over the cores. Its backward refuses Hopper with triton 3.4 to 3.7.0 (its issue #640:
 gradients of the gate are wrong there); --force-fla-backward switches that check off in this process, which leaves its

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from megatron_hybrid.kernels.self_test import relative_error
 from megatron_hybrid.tools.gpu_bench.fla import allow_fla_backward, compile_side_by_side
 
 Run = Callable[[], Any]
+#: At least those of a GPU's clock, which the time it is kept busy for is counted in.
+CYCLES_PER_S = 2e9
 
 
 class Case:
@@ -96,19 +99,33 @@ class Case:
         return sizes[kind]
 
 
-def alternate(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each, taking turns, after two rounds of warm-up."""
+def alternate(runs: dict[str, Run], repeats: int, queued: bool = False) -> dict[str, list[float]]:
+    """Milliseconds of each, taking turns, after two rounds of warm-up.
+
+    queued: all launches of a run are made before the GPU begins with the first, as in training, where the host is ahead
+    of it; else it may wait for the host.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    longest = 0.0  # that the host took for a run
     for i in range(repeats + 2):
         for name, run in runs.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
+            if queued and i > 0:  # the first run compiles
+                torch.cuda._sleep(int(CYCLES_PER_S * (2 * longest + 0.002)))
+            begun = time.perf_counter()
             start.record()
             run()
             end.record()
+            took = time.perf_counter() - begun
+            was_ahead = not start.query()
             torch.cuda.synchronize()
-            if i >= 2:
+            if i > 0:
+                longest = max(longest, took)
+            if i >= 2 and (was_ahead or not queued):
                 times[name].append(start.elapsed_time(end))
+    if short := [name for name, found in times.items() if len(found) <= repeats // 2]:
+        raise RuntimeError(f"{', '.join(short)}: the host was not ahead of the GPU in half of the runs; run again")
     return times
 
 
@@ -143,20 +160,6 @@ def peak_bytes(run: Run) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def device_ms(run: Run, repeats: int = 5) -> float:
-    """Time in which at least one kernel runs, without the gaps in which the GPU waits for the host."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repeats):
-            run()
-        torch.cuda.synchronize()
-    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    busy = end = 0.0
-    for span in sorted((e.time_range for e in events), key=lambda span: span.start):
-        busy += max(0.0, span.end - max(span.start, end))
-        end = max(end, span.end)
-    return busy / repeats / 1e3
-
-
 def measure(case: Case, with_fla: bool, every: int, repeats: int, rates: tuple[float, float]) -> list[dict[str, Any]]:
     lines = []
     for part in ("op", "mixer"):
@@ -173,16 +176,17 @@ def measure(case: Case, with_fla: bool, every: int, repeats: int, rates: tuple[f
             else:
                 runs = {name: with_backward(run, leaves, case.dy) for name, (run, leaves) in (makers | keeping).items()}
             needed_bytes, flops = case.needs(f"{part} {kind}")
-            for name, times in alternate(runs, repeats).items():
+            lone, ahead = alternate(runs, repeats), alternate(runs, repeats, queued=True)
+            for name, times in ahead.items():
                 times.sort()
-                median, kernels = times[len(times) // 2], device_ms(runs[name])
+                median = times[len(times) // 2]
                 lines.append(
                     {
                         "what": f"{part} {kind}", "who": name, "B": case.B, "T": case.T,
-                        "packed": case.cu_seqlens is not None, "ms": median, "kernels_ms": kernels,
-                        "ms_min": times[0], "ms_max": times[-1], "needed_bytes": needed_bytes, "flops": flops,
-                        "of_copy": needed_bytes / rates[0] / (kernels / 1e3),
-                        "of_matmul": flops / rates[1] / (kernels / 1e3),
+                        "packed": case.cu_seqlens is not None, "ms": median, "ms_min": times[0], "ms_max": times[-1],
+                        "lone_ms": sorted(lone[name])[repeats // 2], "needed_bytes": needed_bytes, "flops": flops,
+                        "of_copy": needed_bytes / rates[0] / (median / 1e3),
+                        "of_matmul": flops / rates[1] / (median / 1e3),
                         "peak_bytes": peak_bytes(runs[name]),
                     }
                 )  # fmt: skip
@@ -232,16 +236,16 @@ def run(args: argparse.Namespace) -> None:
         for line in measure(case, with_fla and shape in fla_shapes, args.states_every, args.repeats, rates):
             print(
                 f"{shape:>13} {line['what']:<24} {line['who']:<14} {line['ms']:8.3f} ms "
-                f"({line['ms_min']:.3f} to {line['ms_max']:.3f})  kernels {line['kernels_ms']:7.3f} ms  "
+                f"({line['ms_min']:.3f} to {line['ms_max']:.3f})  by itself {line['lone_ms']:7.3f} ms  "
                 f"{line['needed_bytes'] / 1e9:.3f} GB, copy {line['of_copy']:4.0%}  "
                 f"{line['flops'] / 1e12:.3f} TFLOP, matmul {line['of_matmul']:4.0%}  "
                 f"peak {line['peak_bytes'] / 2**30:.2f} GiB",
                 flush=True,
             )
             lines.append(line)
+            if args.json:
+                args.json.write_text(json.dumps({"copy": rates[0], "matmul": rates[1], "lines": lines}, indent=1))
         del case
         torch.cuda.empty_cache()
     if args.errors:
         print_errors(args.heads, args.key_dim, args.value_dim, with_fla)
-    if args.json:
-        args.json.write_text(json.dumps({"copy": rates[0], "matmul": rates[1], "lines": lines}, indent=1))
