@@ -26,7 +26,7 @@ TOLERANCES = {
 #: Of one token after the other: the state is fp32 throughout.
 DECODED = {"y": 0.005, "state": 1e-4}
 HEADS = 2
-#: One state kept in so many chunks makes the row so long that a document has two pieces; from here on one piece does.
+#: One state kept in so many chunks makes the row so long that a document has two stretches; from here on one does.
 MOST_CHUNKS = 64
 
 NORM_EPS = 1e-4
@@ -40,7 +40,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def documents(states_every: int) -> list[int]:
-    """Lengths: two shorter than the convolution, one that fills a chunk in part, one with two pieces of states."""
+    """Lengths: two shorter than the convolution, one that fills a chunk in part, one of two stretches of states."""
     return [1, 3, 64 * min(max(states_every, 2), MOST_CHUNKS) + 66, 40]
 
 
@@ -100,13 +100,15 @@ def mixer_results(
 ) -> tuple[Leaves, Leaves]:  # fmt: skip
     """A mixer core's y, last states and all gradients: of the kernels in `dtype`, of the reference in fp64.
 
-    packed: documents of `lengths`, else one of as many tokens. kept: states_every or keep_intermediates, as training
-    has them: each is compiled into other kernels.
+    packed: documents of `lengths`, else one of as many tokens, which the kernels go through in pieces. kept:
+    states_every or keep_intermediates, as training has them: each is compiled into other kernels.
 
     Training asks for no last states, so they come from a further run, without gradients as an evaluation is.
 
     Raises RuntimeError when the same input gives different bits twice.
     """
+    from megatron_hybrid.kernels.triton_problem import cut_finely
+
     inputs = Inputs(K, V, device, dtype, lengths or documents(kept.get("states_every", 0)))
     options: dict[str, Any] = inputs.sizes | {
         "cu_seqlens": inputs.cu_seqlens if packed else None,
@@ -114,9 +116,12 @@ def mixer_results(
     }
 
     def forward(backend: str) -> Callable[[Leaves], Tensor]:
-        return lambda leaves: gated_delta.mixer_core(**leaves, **options, **kept, backend=backend)[0].unflatten(
-            2, (HEADS, V)
-        )
+        def run(leaves: Leaves) -> Tensor:
+            with cut_finely():
+                y, _ = gated_delta.mixer_core(**leaves, **options, **kept, backend=backend)
+            return y.unflatten(2, (HEADS, V))
+
+        return run
 
     noise = inputs.rand(1, sum(inputs.lengths), HEADS, V)
     dy = leaning(forward("reference"), inputs.leaves, noise).to(dtype)
@@ -125,7 +130,7 @@ def mixer_results(
     exact = {name: x.double() for name, x in inputs.leaves.items()}
     expected = gradients(forward("reference"), exact, dy)
     for backend, leaves, found in (("triton", inputs.leaves, first), ("reference", exact, expected)):
-        with torch.no_grad():
+        with torch.no_grad(), cut_finely():
             y, final = gated_delta.mixer_core(**leaves, **options, output_final_state=True, backend=backend)
         assert final is not None
         found |= {"evaluated": y, "final": final}

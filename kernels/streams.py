@@ -28,6 +28,7 @@ class Beside:
 
     def __init__(self, device: torch.device) -> None:
         self.kept: list[Tensor] = []
+        self.is_used = False
         self.streams = (torch.cuda.current_stream(device), second_stream(device)) if device.type == "cuda" else None
 
     def here(self) -> Mark:
@@ -40,7 +41,7 @@ class Beside:
         if self.streams is None or mark is None:
             yield
             return
-        second = self.streams[1]
+        second, self.is_used = self.streams[1], True
         second.wait_event(mark)
         with torch.cuda.stream(second):
             yield
@@ -71,4 +72,5 @@ def beside(x: Tensor) -> Iterator[Beside]:
     try:
         yield both
     finally:
-        both.wait(both.there())
+        if both.is_used:
+            both.wait(both.there())

@@ -96,10 +96,11 @@ def convolve_rows(
 @triton.jit(do_not_specialize=["T", "chunk0"])
 def conv_kernel(
     x_in, weight, halo, q_out, k_out, v_out, rstd_q, rstd_k, bounds, chunk_doc, chunk_start, T, chunk0, eps, x_sb, x_st,
-    Hk: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, HALO: tl.constexpr, PACKED: tl.constexpr,
+    Hk: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, HALO: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Convolution and SiLU of R tokens, a part of a chunk: of one q or k head, normalised, or of BD channels of v.
+    """Convolution and SiLU of R tokens, a part of a chunk: of one q or k head, normalised, of K channels in a vector of
+    BK, or of BD channels of v.
 
     x_in [B, T, D], weight [D, 4] and halo [N, D, 3] hold the D = 2 Hk K + H V channels of q, k and v.
     """
@@ -122,7 +123,7 @@ def conv_kernel(
             out, rstd, i_k = k_out, rstd_k, block - Hk
         convolve_rows(
             x + channel, x_st, weight + channel * 4, past + channel * 3, out + (row * Hk + i_k) * K, Hk * K,
-            rstd + (i_c.to(tl.int64) * Hk + i_k) * C + part * R, first, length, K, eps, BD, R, True, HALO,
+            rstd + (i_c.to(tl.int64) * Hk + i_k) * C + part * R, first, length, K, eps, BK, R, True, HALO,
         )  # fmt: skip
     else:
         column = (block - 2 * Hk) * BD

@@ -1,6 +1,6 @@
 """Launches of the Triton kernels without autograd. Letters as in triton_tiles.py.
 
-What a launch fills is made beforehand; those of the forward take a piece of the chunks.
+What a launch fills is made beforehand, but for a summary; those of the forward take a piece of the chunks.
 """
 
 from __future__ import annotations
@@ -103,13 +103,14 @@ class Preparation:
     def _convolve(self, conv: Conv, piece: Piece) -> None:
         problem, x = self.problem, self.x
         launch = problem.launch("conv")
-        channels, tokens = triton.next_power_of_2(problem.K), launch.block  # of a program
-        blocks = 2 * problem.Hk + triton.cdiv(problem.H * problem.V, channels)
+        of_head, tokens = triton.next_power_of_2(problem.K), launch.block
+        of_block = max(of_head, 64)
+        blocks = 2 * problem.Hk + triton.cdiv(problem.H * problem.V, of_block)
         conv_kernel[(piece.length * (CHUNK // tokens) * blocks,)](
             x, conv.weight, x if conv.halo is None else conv.halo, self.q, self.k, self.v,
             self.made.rstd_q, self.made.rstd_k, **problem.tables, T=problem.T, chunk0=piece.first,
             eps=problem.options.l2norm_eps, **strides(x=x), Hk=problem.Hk, H=problem.H, K=problem.K, V=problem.V,
-            BD=channels, R=tokens, C=CHUNK, HALO=conv.halo is not None, PACKED=problem.layout.is_packed,
+            BK=of_head, BD=of_block, R=tokens, C=CHUNK, HALO=conv.halo is not None, PACKED=problem.layout.is_packed,
             **launch.options,
         )  # fmt: skip
 
@@ -164,7 +165,7 @@ def unnormed(x: Tensor) -> Tensor:
 def new_states(problem: Problem, like: Tensor, kept: Tensor | None, *, want_final: bool, is_again: bool) -> Scanned:
     """For `scan` to fill. The first time states are kept as the options say; is_again, in a backward pass, h and u are
     wanted instead, and the first time with keep_intermediates. kept: what the first time kept."""
-    B, T, _Hk, H, K, V, options, layout, segments, _ = problem
+    B, T, _Hk, H, K, V, options, layout, segments, *_ = problem
     every, whole = options.states_every, is_again or options.keep_intermediates
     u = like.new_empty(B * T, H, V) if whole else None
     h = kept if every == 1 else None
@@ -181,12 +182,12 @@ def scan(
     problem: Problem, made: Prepared, solved: Solved, v: Tensor, out: Scanned, piece: Piece, *,
     initial: Tensor | None = None, o: Tensor | None = None, is_again: bool = False,
 ) -> None:  # fmt: skip
-    """The recurrence through a piece: document by document, or is_again from the states kept before, all at once.
+    """The recurrence through a piece: document by document, or is_again from states that were kept, all at once.
 
     initial [N, H, K, V] fp32, the state before the piece; out.final the one after it. o [B, T, H, V] of any dtype is
     written when given.
     """
-    _B, T, _Hk, H, _K, V, options, layout, segments, _ = problem
+    _B, T, _Hk, H, _K, V, options, layout, segments, *_ = problem
     every, k = options.states_every, made.k
     h, u, kept, final = out
     by_segment = is_again and segments is not None

@@ -3,8 +3,8 @@
 The scans have too few programs for all multiprocessors, 90 for the 7B's 30 heads, and each waits for itself. All other
 kernels are wide and wait for memory: beside a scan they do about half of what they do alone. So the forward cuts a long
 row in pieces (`Problem.pieces`), and while the scan goes through one, on a second stream, the others do what comes
-before and after it. Pieces change no bit: a state goes from one to the next in fp32, as it is. The backward needs none:
-the gradient of q takes longer than the scan beside it.
+before and after it. Pieces change no bit: a state goes from one to the next in fp32, as it is. The adjoint scan needs
+none: the gradient of q takes as long, and runs beside it.
 
 Launches are made in an order in which they can start: with CUDA_DEVICE_MAX_CONNECTIONS=1 none starts before those that
 were made earlier.
@@ -12,7 +12,7 @@ were made earlier.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,24 +33,27 @@ from megatron_hybrid.kernels.triton_problem import (
 )
 
 
-def passing(problem: Problem, pieces: Sequence[Piece], like: Tensor) -> list[Tensor]:
-    """States [N, H, K, V] fp32 that go from each piece to the next."""
-    shape = (len(pieces) - 1, problem.layout.N, problem.H, problem.K, problem.V)
-    return list(like.new_empty(shape, dtype=torch.float32))
-
-
 def run_scan(
     problem: Problem, preparation: Preparation, *, initial: Tensor | None, kept: Tensor | None = None,
     o: Tensor | None, want_final: bool = False, finish: Callable[[Piece], None] | None = None,
 ) -> Scanned:  # fmt: skip
-    """Runs a preparation, the scan after it and `finish` after that, piece by piece. kept, o: as in `launch.scan`."""
+    """Runs a preparation, the scan after it and `finish` after that, piece by piece. o: as in `launch.scan`.
+
+    kept: the states that the forward kept, if any; from them all stretches are scanned at once.
+    """
     is_again = not preparation.is_first
-    pieces = [problem.whole] if is_again and kept is not None else problem.pieces
+    pieces = problem.pieces if kept is None else [problem.whole]
     made, solved, v = preparation.made, preparation.solved, preparation.v
     out = launch.new_states(problem, made.k, kept, want_final=want_final, is_again=is_again)
-    between = passing(problem, pieces, made.k)
+    preparation.run(pieces[0])
+    if len(pieces) == 1:
+        launch.scan(problem, made, solved, v, out, problem.whole, initial=initial, o=o, is_again=is_again)
+        if finish is not None:
+            finish(problem.whole)
+        return out
+    shape = (len(pieces) - 1, problem.layout.N, problem.H, problem.K, problem.V)
+    between = list(made.k.new_empty(shape, dtype=torch.float32))  # states, from each piece to the next
     with beside(v) as second:
-        preparation.run(pieces[0])
         for i, (piece, before, after) in enumerate(
             zip(pieces, [initial, *between], [*between, out.final], strict=True)
         ):
@@ -93,10 +96,10 @@ def run_gradients(
     with second.after(begun):
         launch.query_gradient(problem, made, solved, states, do, query)
     ready = second.there()
+    launch.inverse_gradient(problem, made, solved, states, adjoint.dr, inverse, db)
     if meanwhile is not None:
         with second.after(begun):
             meanwhile()
-    launch.inverse_gradient(problem, made, solved, states, adjoint.dr, inverse, db)
     second.wait(ready)
     launch.key_gradient(problem, made, solved, states, query, inverse, adjoint, gates, dk, da, partial)
     with second.after(second.here()):

@@ -5,6 +5,8 @@ Letters as in triton_tiles.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,10 +16,21 @@ from megatron_hybrid.kernels.configs import Launch, launch_for
 from megatron_hybrid.kernels.triton_tiles import CHUNK, Layout, make_layout, split_dim
 
 #: Chunks times heads that a piece has on average at least, and the most pieces of a row.
-PIECE, MOST_PIECES = 900, 4
-#: The next piece over the one before it. While the scan goes through one, the next is prepared, which takes longer by
-#: this for as many chunks: as pieces shrink, no scan waits for its piece.
+PIECE, MOST_PIECES = 900, 3
+#: The length of a piece over that of the one before it. Beside the scan of one the next is prepared, which takes longer
+#: for as many chunks.
 SHRINK = 0.72
+
+
+@contextmanager
+def cut_finely() -> Iterator[None]:
+    """Within, short rows are cut in pieces too, as training's long ones are: for what checks the kernels."""
+    global PIECE
+    before, PIECE = PIECE, 1
+    try:
+        yield
+    finally:
+        PIECE = before
 
 
 class Options(NamedTuple):
@@ -37,7 +50,7 @@ class Options(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Chunks that are neighbours, of all documents."""
+    """All chunks, or some that are neighbours in one dense row."""
 
     first: int
     length: int
@@ -59,24 +72,13 @@ class Problem(NamedTuple):
     V: int
     options: Options
     layout: Layout
-    segments: Layout | None  #: pieces of states_every chunks, when states are kept
+    segments: Layout | None  #: stretches of states_every chunks, when states are kept
     tuned_V: int  #: value dim that launches are looked up by: V, or what it was before columns came to it
+    pieces: list[Piece]  #: what runs beside one another, first to last
 
     @property
     def whole(self) -> Piece:
         return Piece(0, self.layout.num_chunks)
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """What runs beside one another, first to last: the scan of one row is long and narrow, so that in pieces it
-        leaves room for what comes before and after it. Documents side by side, and several rows, fill a GPU at once.
-        """
-        chunks = self.layout.num_chunks
-        if self.B > 1 or self.layout.is_packed:
-            return [self.whole]
-        count = min(max(chunks * self.H // PIECE, 1), MOST_PIECES)
-        ends = (round(chunks * (1 - SHRINK**i) / (1 - SHRINK**count)) for i in range(count + 1))
-        return [Piece(first, end - first) for first, end in pairwise(sorted(set(ends)))]
 
     @property
     def tables(self) -> dict[str, Tensor]:
@@ -106,7 +108,18 @@ def make_problem(q: Tensor, v: Tensor, options: Options, cu_seqlens: Tensor | No
     every = options.states_every
     layout = make_layout(B, T, cu_seqlens, q.device)
     segments = make_layout(B, T, cu_seqlens, q.device, CHUNK * every) if every > 0 else None
-    return Problem(B, T, Hk, H, K, V, options, layout, segments, V)
+    return Problem(B, T, Hk, H, K, V, options, layout, segments, V, cut(layout, H))
+
+
+def cut(layout: Layout, H: int) -> list[Piece]:
+    """The scan of one row is long and narrow, so that in pieces it leaves room for what comes before and after it.
+    Documents side by side, and several rows, fill a GPU at once."""
+    chunks = layout.num_chunks
+    if layout.N > 1 or layout.is_packed:
+        return [Piece(0, chunks)]
+    count = min(max(chunks * H // PIECE, 1), MOST_PIECES)
+    ends = (round(chunks * (1 - SHRINK**i) / (1 - SHRINK**count)) for i in range(count + 1))
+    return [Piece(first, end - first) for first, end in pairwise(sorted(set(ends)))]
 
 
 class Gates(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hybrid.kernels import gated_delta, triton_problem
+from megatron_hybrid.kernels import gated_delta, triton_autograd, triton_problem
 
 #: Every way to keep what the backward needs.
 POLICIES: list[dict[str, Any]] = [{}, {"states_every": 1}, {"states_every": 2}, {"keep_intermediates": True}]
@@ -18,19 +18,16 @@ def results(
     monkeypatch: pytest.MonkeyPatch, most: int, function: str, inputs: dict[str, Tensor], **options: Any
 ) -> tuple[int, dict[str, Tensor]]:
     """(pieces, outputs and all gradients) of a function of gated_delta.py whose rows are cut in at most so many."""
-    monkeypatch.setattr(triton_problem, "PIECE", 1)
-    monkeypatch.setattr(triton_problem, "MOST_PIECES", most)
-    counts = []
-    original = triton_problem.Problem.pieces.fget
-    assert original is not None
+    problems = []
 
-    def counted(problem: triton_problem.Problem) -> list[triton_problem.Piece]:
-        counts.append(len(original(problem)))
-        return original(problem)
+    def make_problem(*given: Any) -> triton_problem.Problem:
+        problems.append(triton_problem.make_problem(*given))
+        return problems[-1]
 
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
-    with monkeypatch.context() as patch:
-        patch.setattr(triton_problem.Problem, "pieces", property(counted))
+    with monkeypatch.context() as patch, triton_problem.cut_finely():
+        patch.setattr(triton_problem, "MOST_PIECES", most)
+        patch.setattr(triton_autograd, "make_problem", make_problem)
         outputs = getattr(gated_delta, function)(**leaves, **options, output_final_state=True, backend="triton")
         upstream = [
             torch.randn(x.shape, generator=torch.Generator(x.device).manual_seed(i), device=x.device, dtype=x.dtype)
@@ -38,5 +35,5 @@ def results(
         ]
         gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
     names = ("output", "final", *(f"gradient of {name}" for name in leaves))
-    assert counts and len(set(counts)) == 1, counts
-    return counts[0], dict(zip(names, (*(x.detach() for x in outputs), *gradients), strict=True))
+    (problem,) = problems
+    return len(problem.pieces), dict(zip(names, (*(x.detach() for x in outputs), *gradients), strict=True))

@@ -6,6 +6,7 @@ The interpreter runs code that the compiler refuses (a variable that changes its
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from megatron_hybrid.kernels import triton_autograd
 from megatron_hybrid.kernels.configs import DEFAULTS, TABLE
 from megatron_hybrid.kernels.inspection import Recorded, Resources, compile_for, recording, resources
-from megatron_hybrid.kernels.triton_problem import Options
+from megatron_hybrid.kernels.triton_problem import Options, cut_finely
 from megatron_hybrid.tools.tune_kernels.search import WIDE, decoding, mixer
 from megatron_hybrid.tools.tune_kernels.traffic import needed_bytes
 
@@ -30,6 +31,8 @@ def passing(M: Tensor, S: Tensor) -> Callable[[], Tensor]:
 
 CASES: dict[str, dict[str, Any]] = {
     "dense": {},
+    "in pieces": {"pieces": True},
+    "in pieces, all kept": {"pieces": True, "keep": True},
     "packed": {"packed": True},
     "shared by ranks": {"packed": True, "halo": True, "pass_states": passing},
     "continued": {"halo": True, "initial": True, "final": True, "every": 4},
@@ -40,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def launches(
     packed: bool = False, halo: bool = False, initial: bool = False, final: bool = False, every: int = 0,
-    pass_states: Any = None, keep: bool = False, heads: tuple[int, int, int, int] = MODEL,
+    pass_states: Any = None, keep: bool = False, pieces: bool = False, heads: tuple[int, int, int, int] = MODEL,
 ) -> list[Recorded]:  # fmt: skip
     """Those of one mixer core, forward and backward, in bf16."""
     Hk, H, K, V = heads
@@ -48,7 +51,7 @@ def launches(
     bf16 = {"dtype": torch.bfloat16, "requires_grad": True}
     bounds = torch.tensor([0, 100, T], dtype=torch.int32) if packed else None
     documents = 2 if packed else 1
-    with recording(**TABLE["sm_90", "3.6", K, V]) as found:
+    with recording(**TABLE["sm_90", "3.6", K, V]) as found, cut_finely() if pieces else nullcontext():
         y, last = triton_autograd.MixerCore.apply(
             torch.zeros(1, T, D + H * V, **bf16), torch.zeros(1, T, 2 * H, **bf16), torch.zeros(D, 4, **bf16),
             torch.zeros(H, requires_grad=True), torch.zeros(H, requires_grad=True), torch.zeros(V, **bf16),
@@ -67,8 +70,8 @@ def variant(launch: Recorded) -> tuple[Any, ...]:
 
 
 Built = tuple[Recorded, Resources]
-#: (K, V, capability) -> what is compiled: with nothing kept, and for sm_90 with all kept, packed for the model. sm_100
-#: takes as long and has no entries of its own.
+#: (K, V, capability) -> what is compiled: with nothing kept, and for sm_90 with all kept; for the model in pieces too,
+#: and packed. sm_100 takes as long and has no entries of its own.
 _built: dict[tuple[int, int, int], list[Built]] = {}
 
 
@@ -76,7 +79,7 @@ def built(K: int, V: int, capability: int) -> list[Built]:
     """Every variant once, for all tests here."""
     if (K, V, capability) not in _built:
         if MODEL[2:] == (K, V):
-            cases = ("dense", "all kept") if capability == 90 else ("dense",)
+            cases = ("dense", "in pieces", "in pieces, all kept", "all kept") if capability == 90 else ("in pieces",)
             found = [launch for case in cases for launch in launches(**CASES[case])]
         else:
             policies = (False, True) if capability == 90 else (False,)

@@ -152,12 +152,11 @@ def test_packed(kept: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("late", ["first", "second"])
-def test_neither_stream_runs_ahead(late: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits when what a call launches on one of its two streams begins 20 ms late; forward in two pieces."""
-    monkeypatch.setattr(triton_problem, "PIECE", 1)
+def test_neither_stream_runs_ahead(late: str) -> None:
+    """The same bits when what a call launches on one of its two streams begins 20 ms late; the forward in pieces."""
     device = torch.device("cuda", torch.cuda.current_device())
     inputs, own = delta_inputs(1, 200, MODEL), torch.cuda.Stream(device)
-    with launches():
+    with launches(), triton_problem.cut_finely():
         expected = run("triton", inputs)
         torch.cuda.synchronize()
         with torch.cuda.stream(own if late == "first" else second_stream(device)):

@@ -249,24 +249,19 @@ def test_keeping_intermediates_changes_no_bit(function: str) -> None:
         assert [name for name, x in found[0].items() if not torch.equal(x, other[name])] == []
 
 
-@pytest.mark.parametrize("kept", pieces.POLICIES, ids=str)
-@pytest.mark.parametrize("function", ["gated_delta_rule", "mixer_core"])
-def test_pieces_change_no_bit(function: str, kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row in pieces of one chunk, the last of 13 tokens, begun from a state and, the mixer's, from a halo."""
-    Hk, H, K, V = SMALL
-    T, options = 64 * 2 + 13, dict(kept)
-    if function == "mixer_core":
-        inputs = mixer_inputs(1, T, SMALL)
-        inputs |= {"conv_halo": rand(1, 2 * Hk * K + H * V, 3, seed=11), "initial_state": rand(1, H, K, V, seed=12)}
-        options |= {"num_key_heads": Hk, "num_value_heads": H, "key_dim": K, "value_dim": V}
-    else:
-        inputs = delta_inputs(1, T, SMALL)
+def test_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row in three pieces, the last one of 13 tokens, begun from a state and a halo; whatever is kept."""
+    Hk, H, K, V = shape = (1, 1, 16, 16)
+    inputs = mixer_inputs(1, 64 * 2 + 13, shape)
+    inputs |= {"conv_halo": rand(1, 2 * Hk * K + H * V, 3, seed=11), "initial_state": rand(1, H, K, V, seed=12)}
     inputs = {name: x.float() for name, x in inputs.items()}
-    count, whole = pieces.results(monkeypatch, 1, function, inputs, **options)
+    sizes = {"num_key_heads": Hk, "num_value_heads": H, "key_dim": K, "value_dim": V}
+    count, whole = pieces.results(monkeypatch, 1, "mixer_core", inputs, **sizes)
     assert count == 1
-    count, cut = pieces.results(monkeypatch, 3, function, inputs, **options)
-    assert count == 3
-    assert [name for name, x in whole.items() if not torch.equal(x, cut[name])] == []
+    for kept in pieces.POLICIES:
+        count, cut = pieces.results(monkeypatch, 3, "mixer_core", inputs, **sizes, **kept)
+        assert count == 3
+        assert [name for name, x in whole.items() if not torch.equal(x, cut[name])] == [], kept
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ def alternate(runs: dict[str, Run], repeats: int, queued: bool = False) -> dict[
             was_ahead = not start.query()
             torch.cuda.synchronize()
             if i > 0:
-                longest = max(longest, took)
+                longest = min(max(longest, took), 0.1)  # what waits for the GPU waits for this sleep too
             if i >= 2 and (was_ahead or not queued):
                 times[name].append(start.elapsed_time(end))
     if short := [name for name, found in times.items() if len(found) <= repeats // 2]:
@@ -160,8 +160,9 @@ def peak_bytes(run: Run) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(case: Case, with_fla: bool, every: int, repeats: int, rates: tuple[float, float]) -> list[dict[str, Any]]:
-    lines = []
+def measure(
+    case: Case, with_fla: bool, every: int, repeats: int, rates: tuple[float, float]
+) -> Iterator[dict[str, Any]]:
     for part in ("op", "mixer"):
         ours = getattr(case, f"ours_{part}")
         makers = {"ours": ours()}
@@ -180,17 +181,14 @@ def measure(case: Case, with_fla: bool, every: int, repeats: int, rates: tuple[f
             for name, times in ahead.items():
                 times.sort()
                 median = times[len(times) // 2]
-                lines.append(
-                    {
-                        "what": f"{part} {kind}", "who": name, "B": case.B, "T": case.T,
-                        "packed": case.cu_seqlens is not None, "ms": median, "ms_min": times[0], "ms_max": times[-1],
-                        "lone_ms": sorted(lone[name])[repeats // 2], "needed_bytes": needed_bytes, "flops": flops,
-                        "of_copy": needed_bytes / rates[0] / (median / 1e3),
-                        "of_matmul": flops / rates[1] / (median / 1e3),
-                        "peak_bytes": peak_bytes(runs[name]),
-                    }
-                )  # fmt: skip
-    return lines
+                yield {
+                    "what": f"{part} {kind}", "who": name, "B": case.B, "T": case.T,
+                    "packed": case.cu_seqlens is not None, "ms": median, "ms_min": times[0], "ms_max": times[-1],
+                    "lone_ms": sorted(lone[name])[repeats // 2], "needed_bytes": needed_bytes, "flops": flops,
+                    "of_copy": needed_bytes / rates[0] / (median / 1e3),
+                    "of_matmul": flops / rates[1] / (median / 1e3),
+                    "peak_bytes": peak_bytes(runs[name]),
+                }  # fmt: skip
 
 
 def print_errors(H: int, K: int, V: int, with_fla: bool) -> None:
