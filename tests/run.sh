@@ -11,18 +11,20 @@ export OMP_NUM_THREADS=1 # ranks share two cores; more threads only make them wa
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 bash tests/types.sh
-# The Triton kernels in triton's interpreter: chosen before triton is imported, so in processes of their own, each on a
-# core of its own.
-interpreted() { TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest -q -p no:cacheprovider "$@"; }
-KERNELS_LOG=$(mktemp)
-interpreted tests/kernels/test_triton_interpreter.py >"$KERNELS_LOG" 2>&1 &
-KERNELS=$!
-trap 'kill "$KERNELS" 2>/dev/null || true; rm -f "$KERNELS_LOG"' EXIT
-interpreted tests/kernels/test_cross_entropy.py tests/kernels/test_norm.py tests/kernels/test_self_test.py \
-    tests/planning/test_counted_activations.py
-interpreted tests/parallel/test_state_passing.py -k triton
+# The Triton kernels: compiled, and in triton's interpreter, which is chosen before triton is imported. In processes of
+# their own, two at a time, each on a core of its own; the longest first.
+LOGS=$(mktemp -d)
+trap 'rm -rf "$LOGS"' EXIT
+apart=(tests/kernels/test_compile.py tests/kernels/test_summary_compile.py)
 STATUS=0
-wait "$KERNELS" || STATUS=$?
-cat "$KERNELS_LOG"
+PYTHON=$PYTHON LOGS=$LOGS xargs -P 2 -I{} bash -c 'set -- {}; name=$1 interpreted=$2; shift 2
+    TRITON_INTERPRET=$interpreted OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest -q -p no:cacheprovider "$@" >"$LOGS/$name" 2>&1' <<END || STATUS=$?
+1-compiled 0 ${apart[*]}
+2-kernels 1 tests/kernels/test_triton_interpreter.py
+3-self-test 1 tests/kernels/test_self_test.py tests/kernels/test_cross_entropy.py tests/kernels/test_norm.py
+4-counted 1 tests/planning/test_counted_activations.py
+5-state-passing 1 tests/parallel/test_state_passing.py -k triton
+END
+cat "$LOGS"/*
 [ "$STATUS" = 0 ] || exit "$STATUS"
-"$PYTHON" -m pytest "$@"
+"$PYTHON" -m pytest "${apart[@]/#/--ignore=}" "$@"
