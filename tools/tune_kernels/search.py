@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -211,9 +213,28 @@ class Child:
         except (EOFError, OSError):
             answer = "its process died"
         if answer and isinstance(answer, str):
+            self.end()
+        return answer
+
+    def end(self) -> None:
+        if self.process is not None:
             self.process.kill()
             self.process = None
-        return answer
+
+
+def compile_ahead(sizes: tuple[int, int, int, int], kernels: dict[str, list[Launch]]) -> None:
+    """Run every candidate once, many side by side: compilation takes most of a search, and triton keeps its results."""
+    jobs = [(kernel, launch) for kernel, launches in kernels.items() for launch in launches]
+    lanes = min(os.cpu_count() or 1, 12, len(jobs))
+
+    def run(share: list[tuple[str, Launch]]) -> None:
+        child = Child(*sizes)
+        for kernel, launch in share:
+            child.ask({kernel: launch}, kernel)
+        child.end()
+
+    with ThreadPoolExecutor(lanes) as pool:
+        list(pool.map(run, (jobs[i::lanes] for i in range(lanes))))
 
 
 def tune(H: int, K: int, V: int, T: int) -> None:
@@ -224,6 +245,7 @@ def tune(H: int, K: int, V: int, T: int) -> None:
             f"error: {architecture} with triton {version}: {reason}; no launch can be trusted here: take a triton "
             "without that fault, or train with --gdn-backend reference"
         )
+    compile_ahead((H, K, V, T), candidates(K))
     best, child = dict(DEFAULTS), Child(H, K, V, T)
     for kernel, others in candidates(K).items():
         timed = []
