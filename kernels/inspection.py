@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from megatron_hybrid.kernels import gated_delta, triton_decode, triton_launch
 from megatron_hybrid.kernels.configs import Launch, trial
+from megatron_hybrid.kernels.descriptors import strange_descriptors
 
 KERNELS = (
     "conv",
@@ -54,13 +55,15 @@ class Recorded(NamedTuple):
 
 class Resources(NamedTuple):
     """What ptxas says of one kernel. spill_bytes counts loads and stores of local memory, not their bytes; instructions
-    counts tensor-core instructions by name and shape."""
+    counts tensor-core instructions by name and shape; strange: `strange_descriptors`, of which a sound kernel has none.
+    """
 
     registers: int
     stack_bytes: int
     spill_bytes: int
     shared_bytes: int
     instructions: Counter[str]
+    strange: list[str]
 
 
 def holder(kernel: str) -> ModuleType:
@@ -138,7 +141,8 @@ def resources(compiled: Any) -> Resources:
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     matrix = Counter(re.findall(r"\b((?:HGMMA|UTCHMMA|UTCQMMA|HMMA|UTCMMA)[\w.]*)", sass))
     local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    return Resources(found["REG"], found["STACK"], local, compiled.metadata.shared, matrix)
+    strange = strange_descriptors(sass)
+    return Resources(found["REG"], found["STACK"], local, compiled.metadata.shared, matrix, strange)
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:

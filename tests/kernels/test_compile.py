@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_hybrid.kernels import triton_autograd
-from megatron_hybrid.kernels.configs import DEFAULTS, TABLE
+from megatron_hybrid.kernels.configs import DEFAULTS, TABLE, Launch
 from megatron_hybrid.kernels.inspection import Recorded, Resources, compile_for, recording, resources
 from megatron_hybrid.kernels.triton_problem import Options, cut_finely
 from megatron_hybrid.tools.tune_kernels.search import WIDE, decoding, mixer
@@ -117,14 +117,25 @@ def test_every_case_of_the_model_compiles_for_hopper() -> None:
 @pytest.mark.parametrize(("capability", "unit"), [(90, "HGMMA"), (100, "UTCHMMA")], ids=["sm_90", "sm_100"])
 @pytest.mark.parametrize("sizes", ENTRIES, ids=str)
 def test_every_entry(sizes: tuple[int, int], capability: int, unit: str) -> None:
-    """Compiles, fits, runs its products on the warpgroup's matrix unit, and spills no more than is known."""
+    """Compiles, fits, reads its own shared memory, runs its products on the warpgroup's matrix unit, and spills no more
+    than is known."""
     spills: dict[str, int] = {}
     for launch, used in built(*sizes, capability):
         assert used.shared_bytes <= SHARED_BYTES, variant(launch)
+        assert not used.strange, (variant(launch), used.strange)
         spills[launch.name] = max(spills.get(launch.name, 0), used.spill_bytes)
         if launch.name in MATRIX:
             assert all(name.startswith(unit) for name in used.instructions), (variant(launch), used.instructions)
     assert {name: n for name, n in spills.items() if n} == SPILLS.get((*sizes, capability), {})
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (96, 192)], ids=str)
+def test_wrong_code_is_found(sizes: tuple[int, int]) -> None:
+    """Launches that ended in an illegal access on an H200: ptxas 12.8.93 compiles them wrongly."""
+    with recording(query_gradient=Launch(4, 1, 64)) as found:
+        mixer(30, *sizes, 128, "cpu")()
+    launch = next(launch for launch in found if launch.name == "query_gradient")
+    assert resources(compile_for(launch, 90)).strange
 
 
 def test_no_padding_of_the_models_key_dim() -> None:

@@ -30,5 +30,5 @@ def test_backward_compiles_for_hopper(sizes: tuple[int, int]) -> None:
         both.sum().backward()
     used = {launch.name: resources(compile_for(launch, 90)) for launch in found}
     assert used.keys() > {"scan", "adjoint_scan", "query_gradient"}
-    assert all(x.shared_bytes <= SHARED_BYTES for x in used.values()), used
+    assert all(x.shared_bytes <= SHARED_BYTES and not x.strange for x in used.values()), used
     assert {name: x.spill_bytes for name, x in used.items() if x.spill_bytes} == SPILLS[sizes]

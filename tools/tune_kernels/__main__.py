@@ -2,7 +2,7 @@
 
 --report   needs no GPU: registers, stack, spills (loads and stores of local memory), shared memory, occupancy, bytes
            to read and write per token and matrix instructions of every kernel of an entry, for Hopper (sm_90) and
-           Blackwell (sm_100)
+           Blackwell (sm_100); for Hopper, what ptxas compiled wrongly
 otherwise  needs the GPU to tune for: times configurations kernel by kernel, each kernel by itself, keeps the fastest
            of those with which the mixer (y, last states, all gradients; one document and packed; every save policy),
            the delta rule by itself and token-by-token generation agree with the reference and give the same bits

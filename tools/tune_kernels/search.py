@@ -128,6 +128,8 @@ def report(H: int, K: int, V: int, targets: list[int]) -> None:
                 f"{used.registers:>5} {used.stack_bytes:>6} {used.spill_bytes:>6} {used.shared_bytes:>7} "
                 f"{resident:>8} {grown:>9.0f}  {shapes}".rstrip()
             )
+            for instruction in used.strange:
+                print(f"{launch.name:<16} {f'sm_{target}':>7} WRONG, reads other shared memory: {instruction}")
 
 
 #: Each is compiled into kernels of its own.
@@ -154,8 +156,11 @@ def passes(K: int, V: int, launches: dict[str, Launch]) -> str:
 
 
 def alone(kernel: str, run: Callable[[], Any]) -> list[float]:
-    """Milliseconds that each launch of one kernel in `run` takes by itself."""
-    from megatron_hybrid.kernels.inspection import holder
+    """Milliseconds that each launch of one kernel in `run` takes by itself.
+
+    Raises RuntimeError, before it runs, where its code reads other shared memory than its own.
+    """
+    from megatron_hybrid.kernels.inspection import holder, resources
 
     module = holder(kernel)
     name = f"{kernel.removesuffix('_again').removesuffix('_normalising')}_kernel"
@@ -165,6 +170,8 @@ def alone(kernel: str, run: Callable[[], Any]) -> list[float]:
     class Recorder:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def launch(*args: Any, **kwargs: Any) -> None:
+                if strange := resources(original.warmup(*args, grid=grid, **kwargs)).strange:
+                    raise RuntimeError(f"compiled wrongly, reads other shared memory than its own: {strange[0]}")
                 original[grid](*args, **kwargs)
                 again.append(lambda: original[grid](*args, **kwargs))
 
