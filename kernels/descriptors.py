@@ -21,7 +21,10 @@ Known = frozenset[tuple[str, int]]  #: registers that hold what a descriptor may
 
 
 def strange_descriptors(sass: str) -> list[str]:
-    """Hopper's matrix instructions in what `cuobjdump --dump-sass` prints, with an address or layout from elsewhere."""
+    """Hopper's matrix instructions in what `cuobjdump --dump-sass` prints, with an address or layout from elsewhere.
+
+    What came through memory counts as such, so that in code that spills sound ones can be among them.
+    """
     code = _INSTRUCTION.findall(sass)
     arriving: dict[str, Known] = {}  # by address, what is known wherever the program comes from
     while True:
