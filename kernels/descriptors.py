@@ -44,9 +44,10 @@ def strange_descriptors(sass: str) -> list[str]:
 
 
 def _descriptor(operands: str) -> Known:
-    """The registers that name an instruction's operands in shared memory."""
-    first = int(operands.split("gdesc[UR")[1].split("]")[0])
-    left_in_registers = re.match(r"\w+, R\d+,", operands)
+    """The registers that name an instruction's operands in shared memory; none of an empty one, gdesc[URZ]."""
+    if (named := re.search(r"gdesc\[UR(\d+)\]", operands)) is None:
+        return frozenset()
+    first, left_in_registers = int(named[1]), re.match(r"\w+, R\d+,", operands)
     return frozenset(("UR", i) for i in range(first + 2 if left_in_registers else first, first + 4))
 
 
