@@ -17,6 +17,7 @@ LOGS=$(mktemp -d)
 trap 'rm -rf "$LOGS"' EXIT
 apart=(tests/kernels/test_compile.py tests/kernels/test_summary_compile.py)
 STATUS=0
+# shellcheck disable=SC2016  # the inner shell expands them
 PYTHON=$PYTHON LOGS=$LOGS xargs -P 2 -I{} bash -c 'set -- {}; name=$1 interpreted=$2; shift 2
     TRITON_INTERPRET=$interpreted OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest -q -p no:cacheprovider "$@" >"$LOGS/$name" 2>&1' <<END || STATUS=$?
 1-compiled 0 ${apart[*]}
