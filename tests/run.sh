@@ -20,10 +20,10 @@ STATUS=0
 # shellcheck disable=SC2016  # the inner shell expands them
 PYTHON=$PYTHON LOGS=$LOGS xargs -P 2 -I{} bash -c 'set -- {}; name=$1 interpreted=$2; shift 2
     TRITON_INTERPRET=$interpreted OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest -q -p no:cacheprovider "$@" >"$LOGS/$name" 2>&1' <<END || STATUS=$?
-1-compiled 0 ${apart[*]}
+1-counted 1 tests/planning/test_counted_activations.py
 2-kernels 1 tests/kernels/test_triton_interpreter.py
-3-self-test 1 tests/kernels/test_self_test.py tests/kernels/test_cross_entropy.py tests/kernels/test_norm.py
-4-counted 1 tests/planning/test_counted_activations.py
+3-compiled 0 ${apart[*]}
+4-self-test 1 tests/kernels/test_self_test.py tests/kernels/test_cross_entropy.py tests/kernels/test_norm.py
 5-state-passing 1 tests/parallel/test_state_passing.py -k triton
 END
 cat "$LOGS"/*

@@ -40,7 +40,7 @@ GPUS: Mapping[str, Gpu] = {
 }
 
 #: (compute capability, K, V) of the entries in kernels/configs.py, all for this triton; to read that file takes torch.
-CHECKED_KERNELS = {((9, 0), 96, 192), ((9, 0), 128, 256), ((9, 0), 128, 128), ((9, 0), 64, 64)}
+CHECKED_KERNELS = {((9, 0), 96, 192), ((9, 0), 128, 256), ((9, 0), 128, 128), ((9, 0), 64, 64), ((9, 0), 256, 256)}
 CHECKED_TRITON = "3.6"
 
 #: GiB that no tensor of ours gets: CUDA context, NCCL's and cuBLAS's buffers. An order of magnitude, not measured.
