@@ -61,14 +61,13 @@ def run_scan(
             launch.scan(
                 problem, made, solved, v, out._replace(final=after), piece, initial=before, o=o, is_again=is_again
             )
-            with second.after(begun):
-                for coming in pieces[i + 1 : i + 2]:
-                    preparation.run(coming)
-            ready = second.there()
-            if finish is not None:
+            if i + 1 < len(pieces):
                 with second.after(begun):
-                    for done in pieces[max(i - 1, 0) : i]:
-                        finish(done)
+                    preparation.run(pieces[i + 1])
+            ready = second.there()
+            if finish is not None and i > 0:
+                with second.after(begun):
+                    finish(pieces[i - 1])
             second.wait(ready)
         if finish is not None:
             finish(pieces[-1])

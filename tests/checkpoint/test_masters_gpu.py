@@ -90,7 +90,11 @@ def test_masters_are_saved_whole_and_continued_from(recipe: str, tmp_path: Path)
     others = ((), FP8["tensorwise"], (*FP8["tensorwise"], *LEAN))
     runs = [half_way(straight, tmp_path / f"continued {i}") for i in range(1 + len(others))]
     processes = [started(run, *with_flags) for run, with_flags in zip(runs, (flags, *others), strict=True)]
-    resumed, *otherwise = [ended(run, process) for run, process in zip(runs, processes, strict=True)]
+    try:
+        resumed, *otherwise = [ended(run, process) for run, process in zip(runs, processes, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()  # those beside one that failed
     later = range(SAVED + 1, STEPS + 1)
     assert [resumed[i] for i in later] == [expected[i] for i in later]
     found, wanted = tensors(runs[0], STEPS), tensors(straight, STEPS)

@@ -233,6 +233,7 @@ def compile_ahead(sizes: tuple[int, int, int, int], kernels: dict[str, list[Laun
     """Run every candidate once, many side by side: compilation takes most of a search, and triton keeps its results."""
     jobs = [(kernel, launch) for kernel, launches in kernels.items() for launch in launches]
     lanes = min(os.cpu_count() or 1, 12, len(jobs))
+    print(f"compiling {len(jobs)} candidates, {lanes} at a time", flush=True)
 
     def run(share: list[tuple[str, Launch]]) -> None:
         child = Child(*sizes)
