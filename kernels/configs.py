@@ -61,11 +61,11 @@ TABLE: dict[tuple[str, str, int, int], Entry] = {
         "prepare_normalising": Launch(4, 1, 0, 128),
         "scan": Launch(4, 4, 64),
         "scan_again": Launch(4, 3, 64),
-        "norm_backward": Launch(2, 1, 4),
+        "norm_backward": Launch(2, 1, 4, 128),
         "adjoint_scan": Launch(4, 3, 64),
-        "query_gradient": Launch(4, 2, 64),
-        "inverse_gradient": Launch(4, 1, 64, 160),
-        "key_gradient": Launch(8, 3, 64, 128),
+        "query_gradient": Launch(4, 2, 64, 168),
+        "inverse_gradient": Launch(4, 3, 64, 160),
+        "key_gradient": Launch(4, 3, 32),
     },
     # NVIDIA H100, 2026-11-25, chosen while others used that GPU: not much slower than the best. Checked again on an
     # H200, 2026-11-29.

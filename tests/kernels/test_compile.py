@@ -95,12 +95,20 @@ def built(K: int, V: int, capability: int) -> list[Built]:
 #: sm_90 spills at the model's head sizes, launches without spills are slower. sm_100 has no entries of its own: these
 #: are sm_90's, compiled for it and not run there.
 SPILLS: dict[tuple[int, int, int], dict[str, int]] = {
-    (96, 192, 90): {"prepare": 2, "scan": 15, "inverse_gradient": 2, "key_gradient": 11},
+    (96, 192, 90): {"prepare": 2, "scan": 15, "norm_backward": 22, "query_gradient": 28, "key_gradient": 6},
     (128, 128, 90): {"scan": 14, "adjoint_scan": 20, "query_gradient": 4, "key_gradient": 43},
     (128, 256, 90): {"scan": 14, "adjoint_scan": 20, "key_gradient": 40, "decode": 167},
     (256, 256, 90): {"scan": 201, "adjoint_scan": 152, "query_gradient": 3, "key_gradient": 38, "decode": 2795},
     (64, 64, 100): {"adjoint_scan": 123},
-    (96, 192, 100): {"prepare": 91, "scan": 26, "adjoint_scan": 288, "inverse_gradient": 18},
+    (96, 192, 100): {
+        "prepare": 91,
+        "scan": 26,
+        "norm_backward": 26,
+        "adjoint_scan": 288,
+        "query_gradient": 72,
+        "inverse_gradient": 20,
+        "key_gradient": 36,
+    },
     (128, 128, 100): {"scan": 88, "adjoint_scan": 427},
     (128, 256, 100): {"scan": 94, "adjoint_scan": 432, "decode": 123},
     (256, 256, 100): {"scan": 779, "adjoint_scan": 1474, "key_gradient": 13, "decode": 2788},
