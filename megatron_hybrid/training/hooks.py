@@ -69,16 +69,21 @@ def install(
                 f"megatron.training.training.{name} has no {', '.join(sorted(missing))}: another Megatron than 0.19.2; "
                 "install the pinned versions (setup.py)"
             )
-    training.get_megatron_optimizer = _optimizer(training.get_megatron_optimizer, options, skip_step, health)
+    training.get_megatron_optimizer = optimizer_builder(training.get_megatron_optimizer, options, skip_step, health)
     if wsds_ends:
         training.OptimizerParamScheduler = partial(WsdsScheduler, ends=wsds_ends)
     if log_line is not None:
         training.training_log = log_line.around(training.training_log)
 
 
-def _optimizer(
-    original: Callable[..., Any], options: HybridConfig, skip_step: SkipStep | None, health: Health | None
+def optimizer_builder(
+    original: Callable[..., Any],
+    options: HybridConfig,
+    skip_step: SkipStep | None = None,
+    health: Health | None = None,
 ) -> Callable[..., Any]:
+    """Megatron's `get_megatron_optimizer`, with the plugin's rules; arguments as in `install`."""
+
     def get_megatron_optimizer(config: Any, model_chunks: Any, config_overrides: Any = None, **kwargs: Any) -> Any:
         # Else Transformer Engine's Adam holds the lower half of each fp32 master beside a bf16 weight, and Megatron
         # saves those integers as if they were the master (modules/fp32_parameters.py).

@@ -49,11 +49,18 @@ _EIGHT = (*_RUN, *words("--num-layers 8 --hybrid-layer-pattern GGG*GGG* --no-ski
 #: 2,441 million parameters in eight layers, the hybrid 2,436 million.
 _TRANSFORMER = words("--num-layers 8 --hybrid-layer-pattern ********")
 _MEGATRON = words("--spec megatron_hybrid.tools.gpu_bench.peer_spec megatron_gdn_stack_spec")
-_LONG = words("--seq-length 65536 --max-position-embeddings 65536 --global-batch-size 1 --loss-chunk-tokens 8192")
 LEAN = words("--use-precision-aware-optimizer --main-grads-dtype bf16 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16")
 #: Four sequences a step, so that the optimizer's share is nearer to a real run's, and moments in bf16, so that every
 #: row fits 80 GB.
 _SHORT = (*_EIGHT, *LEAN, *words("--global-batch-size 4"))
+
+
+def _sequence(tokens: int) -> tuple[str, ...]:
+    """One long sequence a step."""
+    return words(
+        f"--seq-length {tokens} --max-position-embeddings {tokens} --global-batch-size 1 --loss-chunk-tokens 8192"
+    )
+
 
 #: A first visit with flash-linear-attention times some 200 candidates of its kernels.
 TUNING_S = 300
@@ -111,26 +118,24 @@ def _speed() -> list[Case]:
 
 
 def _long() -> list[Case]:
-    flags = (*_EIGHT, *_LONG)
-    recompute = _RECOMPUTE["full"]
-    return [
-        Case("ours", "64k", flags=(*flags, *recompute), warmup=1, steps=3, rounds=1),
-        Case("olmo3 transformer", "64k", "olmo3-7b", (*flags, *_TRANSFORMER, *recompute), warmup=1, steps=3, rounds=1),
-        Case(
-            "transformer, full attention",
-            "64k",
-            "olmo3-7b",
-            (*flags, *_TRANSFORMER, "--window-attn-skip-freq", "1", *recompute),
-            warmup=1,
-            steps=3,
-            rounds=1,
+    """Beside olmo3's six layers in eight with windows of 4,096, and beside full attention everywhere."""
+    cases = []
+    for group, tokens in (("64k", 65536), ("128k", 131072)):
+        flags = (*_EIGHT, *_sequence(tokens), *_RECOMPUTE["full"])
+        ours = Case("ours", group, flags=flags, warmup=1, steps=3, rounds=1)
+        windows = replace(ours, name="olmo3 transformer", preset="olmo3-7b", flags=(*flags, *_TRANSFORMER))
+        full = replace(
+            windows,
+            name="transformer, full attention",
+            flags=(*windows.flags, "--window-attn-skip-freq", "1"),
             note="no layer has olmo3's sliding window",
-        ),
-    ]
+        )
+        cases += [ours, windows, full]
+    return cases
 
 
 def _memory() -> list[Case]:
-    flags = (*_EIGHT, *_LONG)
+    flags = (*_EIGHT, *_sequence(65536))
     return [
         Case(f"recompute {name}", "64k memory", flags=(*flags, *more), warmup=1, steps=2, rounds=1)
         for name, more in _RECOMPUTE.items()

@@ -109,6 +109,7 @@ class Trained:
         from megatron.training import training
 
         from megatron_hybrid.pretrain import provide_model
+        from megatron_hybrid.training.skip_step import SkipStep
 
         self.args = args
         tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
@@ -118,7 +119,7 @@ class Trained:
         self.microbatches = args.global_batch_size // args.micro_batch_size
         self.data = batches(tokens, args.seq_length, args.micro_batch_size)
         self.config.finalize_model_grads_func = finalize_model_grads
-        self.skip_step: Any = None
+        self.skip_step = SkipStep() if args.skip_step else None
         try:
             self.optimizer = self._optimizer() if with_optimizer else None
         except BaseException:  # out of memory, most often
@@ -130,16 +131,11 @@ class Trained:
     def _optimizer(self) -> Any:
         from megatron.training import training
 
-        from megatron_hybrid.training import weight_decay
-        from megatron_hybrid.training.skip_step import SkipStep
+        from megatron_hybrid.training.hooks import optimizer_builder
 
         config, overrides = training.get_megatron_optimizer_config(self.args)
-        overrides = weight_decay.overrides(overrides, config, self.args.weight_decay_on)
-        optimizer = training.get_megatron_optimizer(config, self.model, config_overrides=overrides)
-        if self.args.skip_step:
-            self.skip_step = SkipStep()
-            self.skip_step.attach(optimizer)
-        return optimizer
+        build = optimizer_builder(training.get_megatron_optimizer, HybridConfig.from_args(self.args), self.skip_step)
+        return build(config, self.model, config_overrides=overrides)
 
     @property
     def tokens_per_step(self) -> int:
