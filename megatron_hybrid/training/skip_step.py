@@ -210,7 +210,8 @@ class _Selecting:
         self.plain_step()
         for tensor in self._tensors(part):  # state that a first step made was 0 before it
             old = before.get(id(tensor))
-            tensor.copy_(torch.where(skip.to(tensor.device), torch.zeros_like(tensor) if old is None else old, tensor))
+            old = torch.zeros_like(tensor) if old is None else old
+            torch.where(skip.to(tensor.device), old, tensor, out=tensor)
 
     def _tensors(self, params: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The parameters, all their state, and its scales where the state is of low precision."""

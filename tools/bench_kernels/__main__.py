@@ -7,7 +7,8 @@ writes the same as a file.
 flash-linear-attention is timed when installed, at --fla-shapes. Its autotuner chooses among all its configurations;
 their compilation alone is spread over the cores. Its backward refuses Hopper with triton 3.4 to 3.7.0 (its issue #640:
 gradients of the gate are wrong there); --force-fla-backward switches that check off in this process, which leaves its
-time valid and those gradients not. --errors prints the errors of both outputs against the reference in fp64.
+time valid and those gradients not. --errors prints the errors of both, of outputs and gradients, against the reference
+in fp64; with --shapes alone, without any shape, nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=30)
     parser.add_argument("--key-dim", type=int, default=96)
     parser.add_argument("--value-dim", type=int, default=192)
-    parser.add_argument("--shapes", nargs="+", default=["1x8192", "2x8192", "1x65536", "8x1024packed"], help="BxT")
+    parser.add_argument("--shapes", nargs="*", default=["1x8192", "2x8192", "1x65536", "8x1024packed"], help="BxT")
     parser.add_argument("--fla-shapes", nargs="*", help="those at which flash-linear-attention is timed; default: all")
     parser.add_argument("--errors", action="store_true", help="print errors as well")
     parser.add_argument("--states-every", type=int, default=4, help="also time ours with every n-th state kept; 0: not")

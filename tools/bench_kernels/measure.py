@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hybrid.kernels import gated_delta, reference
-from megatron_hybrid.kernels.self_test import relative_error
+from megatron_hybrid.kernels import gated_delta
+from megatron_hybrid.tools.bench_kernels.errors import measure_errors
 from megatron_hybrid.tools.gpu_bench.fla import allow_fla_backward, compile_side_by_side
 
 Run = Callable[[], Any]
@@ -191,31 +191,6 @@ def measure(
                 }  # fmt: skip
 
 
-def print_errors(H: int, K: int, V: int, with_fla: bool) -> None:
-    """Relative RMS error of o, and of its worst head, with random keys and with identical keys and beta = 1.98."""
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def rand(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda")
-
-    A_log, dt_bias = torch.linspace(0.05, 16, H, device="cuda").log(), torch.full((H,), -4.6, device="cuda")
-    for T in (64, 1024):
-        q, k, v, a, b = rand(1, T, H, K), rand(1, T, H, K), rand(1, T, H, V), rand(1, T, H), rand(1, T, H)
-        for what, keys, strength in (
-            ("random keys", k, b),
-            ("identical keys, beta 1.98", k[:, :1].expand_as(k), torch.full_like(b, 4.6)),
-        ):
-            inputs = [x.bfloat16() for x in (reference.l2norm(q), reference.l2norm(keys), v, a, strength)]
-            inputs += [A_log, dt_bias]
-            doubles = [x.double() for x in inputs]
-            exact, _ = gated_delta.gated_delta_rule(*doubles, qk_l2norm=False, backend="reference")
-            for backend in ("triton", "fla") if with_fla else ("triton",):
-                with torch.no_grad():
-                    o, _ = gated_delta.gated_delta_rule(*inputs, qk_l2norm=False, backend=backend)
-                heads = [relative_error(x, y) for x, y in zip(o.unbind(2), exact.unbind(2), strict=True)]
-                print(f"{T:>6} {what:<26} {backend:<7} error of o {relative_error(o, exact):.4f} ({max(heads):.4f})")
-
-
 def run(args: argparse.Namespace) -> None:
     """What the flags ask for."""
     with_fla = importlib.util.find_spec("fla") is not None
@@ -227,6 +202,13 @@ def run(args: argparse.Namespace) -> None:
     fla_shapes = args.shapes if args.fla_shapes is None else args.fla_shapes
     print(f"{torch.cuda.get_device_name()}: copy {rates[0] / 1e12:.2f} TB/s, bf16 matmul {rates[1] / 1e12:.0f} TFLOP/s")
     lines: list[dict[str, Any]] = []
+    errors: list[dict[str, Any]] = []
+
+    def write() -> None:
+        if args.json:
+            found = {"copy": rates[0], "matmul": rates[1], "lines": lines, "errors": errors}
+            args.json.write_text(json.dumps(found, indent=1))
+
     for shape in args.shapes:
         B, T = (int(x) for x in shape.removesuffix("packed").split("x"))
         packed = B if shape.endswith("packed") else 0
@@ -241,9 +223,15 @@ def run(args: argparse.Namespace) -> None:
                 flush=True,
             )
             lines.append(line)
-            if args.json:
-                args.json.write_text(json.dumps({"copy": rates[0], "matmul": rates[1], "lines": lines}, indent=1))
+            write()
         del case
         torch.cuda.empty_cache()
     if args.errors:
-        print_errors(args.heads, args.key_dim, args.value_dim, with_fla)
+        for line in measure_errors(args.heads, args.key_dim, args.value_dim, with_fla):
+            print(
+                f"{line['case']:<29} {line['who']:<7} {line['tensor']:<8} error {line['error']:.4f} "
+                f"(worst head {line['worst_head']:.4f})",
+                flush=True,
+            )
+            errors.append(line)
+        write()
