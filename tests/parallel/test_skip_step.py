@@ -138,8 +138,11 @@ class _Factor:
 
     def __getattr__(self, name: str) -> Any:
         if name == "where":
-            return lambda skip, old, new: old * skip + new * ~skip if new.dim() else self.real.where(skip, old, new)
+            return self._where
         return getattr(self.real, name)
+
+    def _where(self, skip: torch.Tensor, old: torch.Tensor, new: torch.Tensor, out: Any = None) -> torch.Tensor:
+        return self.real.where(skip, old, new) if out is None else out.copy_(old * skip + new * ~skip)
 
 
 class _Alone:
