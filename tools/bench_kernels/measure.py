@@ -234,4 +234,4 @@ def run(args: argparse.Namespace) -> None:
                 flush=True,
             )
             errors.append(line)
-        write()
+            write()
