@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from megatron_hybrid.tools.fp8_acceptance import verdict
 from megatron_hybrid.tools.gpu_bench import harness, peer
@@ -48,6 +49,10 @@ def _peers(rank: int) -> None:
     args = harness.parse("olmo-hybrid-tiny", tiny()[0].flags)
     args.padded_vocab_size = 256
     tokens = harness.read_tokens(None, 200, 1024)
+    parallel_state.initialize_model_parallel()
+    trained = harness.Trained(args, tokens)
+    assert not trained.optimizer.config.store_param_remainders  # as in training: hooks.optimizer_builder
+    trained.close()
     model = peer.huggingface(args, tokens)
     assert np.isfinite(model.step()["loss"]) and "convolution of PyTorch" in model.note()
     args.padded_vocab_size = 128
