@@ -14,6 +14,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from megatron_hybrid.tools.bench_kernels import errors
 from megatron_hybrid.tools.fp8_acceptance import verdict
 from megatron_hybrid.tools.gpu_bench import harness, peer
 from megatron_hybrid.tools.gpu_bench.cases import tiny
@@ -40,6 +41,39 @@ def test_a_case_leaves_no_model_behind(tmp_path: Path) -> None:
     assert [bool(row.get("tokens_per_s")) for row in rows] == [True, False]
 
 
+def _builds_an_optimizer(rank: int) -> bool:
+    parallel_state.initialize_model_parallel()
+    args = harness.parse("olmo-hybrid-tiny", tiny()[0].flags)
+    args.padded_vocab_size = 256
+    trained = harness.Trained(args, harness.read_tokens(None, 200, 1024))
+    return trained.optimizer.config.store_param_remainders
+
+
+def test_the_optimizer_is_the_trainers() -> None:
+    """By the plugin's rules (hooks.optimizer_builder); Megatron's own would keep masters as remainders."""
+    assert run_ranks(_builds_an_optimizer, 1) == [False]
+
+
+@pytest.mark.parametrize("case", errors.CASES, ids=lambda case: case.what)
+def test_errors_are_those_of_the_backend(case: errors.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference in bf16's place rounds its results alone; one gradient off by a tenth is seen, in its head too."""
+    sizes = (2, 16, 32)
+    found = errors.one_seed(case, sizes, ("reference",), 0, "cpu")["reference"]
+    assert set(found) == {"o", "q", "k", "v", "a", "b", "A_log", "dt_bias"}
+    assert max(max(pair) for pair in found.values()) < 0.01
+    plain = errors.gradients
+
+    def off(forward: Any, leaves: Any, dy: torch.Tensor) -> Any:
+        results = plain(forward, leaves, dy)
+        if leaves["v"].dtype == torch.bfloat16:
+            results["v"][:, :, 1] *= 1.1
+        return results
+
+    monkeypatch.setattr(errors, "gradients", off)
+    error, worst = errors.one_seed(case, sizes, ("reference",), 0, "cpu")["reference"]["v"]
+    assert 2 * found["v"][0] < error < 0.09 < worst < 0.11  # the other head is right
+
+
 class _Double(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (2 * x).sum()
@@ -49,10 +83,6 @@ def _peers(rank: int) -> None:
     args = harness.parse("olmo-hybrid-tiny", tiny()[0].flags)
     args.padded_vocab_size = 256
     tokens = harness.read_tokens(None, 200, 1024)
-    parallel_state.initialize_model_parallel()
-    trained = harness.Trained(args, tokens)
-    assert not trained.optimizer.config.store_param_remainders  # as in training: hooks.optimizer_builder
-    trained.close()
     model = peer.huggingface(args, tokens)
     assert np.isfinite(model.step()["loss"]) and "convolution of PyTorch" in model.note()
     args.padded_vocab_size = 128

@@ -8,7 +8,7 @@ flash-linear-attention is timed when installed, at --fla-shapes. Its autotuner c
 their compilation alone is spread over the cores. Its backward refuses Hopper with triton 3.4 to 3.7.0 (its issue #640:
 gradients of the gate are wrong there); --force-fla-backward switches that check off in this process, which leaves its
 time valid and those gradients not. --errors prints the errors of both, of outputs and gradients, against the reference
-in fp64; with --shapes alone, without any shape, nothing else.
+in fp64; with `--shapes` followed by no shape, nothing is timed.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--force-fla-backward", action="store_true", help="see above")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if not (args.shapes or args.errors):
+        parser.error("--shapes: without a shape there is nothing to time; name some, 1x8192, or add --errors")
     import torch  # takes seconds, so after the flags are read
 
     from megatron_hybrid.tools.bench_kernels.measure import run
